@@ -1,0 +1,96 @@
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import zoo
+from zoo import ZooError
+from zoo.registry import preset, presets
+
+
+def test_import_is_light():
+    heavy = "lightning", "diffusers", "transformers", "timm", "hydra", "torchvision", "matplotlib", "PIL"
+    code = f"import sys, zoo; zoo.load_tokenizer('aurora-tiny'); print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_names_are_listed_by_pattern_and_by_having_weights():
+    assert {"aurora-depth", "aurora-tiny"} <= set(zoo.list_tokenizers())
+    assert zoo.list_tokenizers("aurora-t*") == ["aurora-tiny"]
+    assert "aurora-depth" not in zoo.list_tokenizers(pretrained=True)
+    assert "aurora-depth" in zoo.list_tokenizers(pretrained=False)
+
+
+def test_every_pretrained_name_loads_and_reconstructs():
+    for name in zoo.list_tokenizers(pretrained=True):
+        tokenizer = zoo.load_tokenizer(name)
+        info = tokenizer.info
+        assert not tokenizer.training
+        images = torch.rand(2, info.channels, info.image_size, info.image_size)
+        assert tokenizer.reconstruct(images).shape == images.shape
+
+
+def test_a_saved_tokenizer_comes_back_with_its_own_sizes(tmp_path):
+    tokenizer = zoo.create_tokenizer("aurora-tiny", codebook_size=32, codebook_init="published").eval()
+    zoo.save_tokenizer(tokenizer, tmp_path / "mine.safetensors")
+    loaded = zoo.load_tokenizer("aurora-tiny", weights=tmp_path / "mine.safetensors")
+    maps = torch.rand(2, 1, 64, 64)
+    assert loaded.config == tokenizer.config
+    assert torch.equal(loaded.encode(maps).ids["depth"], tokenizer.encode(maps).ids["depth"])
+    half = zoo.load_tokenizer("aurora-tiny", weights=tmp_path / "mine.safetensors", dtype=torch.bfloat16)
+    assert half.reconstruct(maps).dtype == torch.bfloat16
+
+
+def test_the_authors_file_loads_under_their_names(tmp_path):
+    from zoo.tokenizers.aurora.published import to_published
+
+    tokenizer = zoo.create_tokenizer("aurora-depth").eval()
+    theirs = {f"module.{k}": v for k, v in to_published(tokenizer.state_dict(), tokenizer.config).items()}
+    torch.save({"weights": theirs}, tmp_path / "vae-final.pt")
+    loaded = zoo.load_tokenizer("aurora-depth", weights=tmp_path / "vae-final.pt")
+    for name, tensor in tokenizer.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+    for_inference = {k: v for k, v in theirs.items() if "_ema" not in k}
+    torch.save({"weights": for_inference}, tmp_path / "inference.pt")
+    loaded = zoo.load_tokenizer("aurora-depth", weights=tmp_path / "inference.pt")
+    assert torch.equal(loaded.quantizer.embed_sum, loaded.quantizer.codebook)
+
+
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        (lambda: zoo.load_tokenizer("aurora-tinny"), "did you mean aurora-tiny"),
+        (lambda: zoo.create_tokenizer("nothing-like-it"), "there are: "),
+        (lambda: zoo.create_tokenizer("aurora-tiny", codebok_size=3), "did you mean codebook_size"),
+        (lambda: zoo.create_tokenizer("aurora-tiny", codebook_size="big"), "of type int, got 'big'"),
+        (lambda: zoo.create_tokenizer("aurora-tiny", codebook_size=0), "at least 1"),
+        (lambda: zoo.create_tokenizer("aurora-tiny", downsample=24), "power of two"),
+        (lambda: zoo.create_tokenizer("aurora-tiny", block="v3"), "one of"),
+        (lambda: zoo.load_tokenizer("aurora-depth"), "Drive folder.*zoo.load_tokenizer"),
+        (lambda: zoo.load_tokenizer("aurora-tiny", weights="/nowhere/x.pt"), "does not exist"),
+        (lambda: zoo.load_tokenizer("aurora-tiny", weights="hf://owner"), "hf://owner/name/file"),
+    ],
+)
+def test_wrong_names_fields_and_places_are_refused_in_one_sentence(call, complaint):
+    with pytest.raises(ZooError, match=complaint):
+        call()
+
+
+def test_a_name_can_be_added_from_outside_once():
+    added = replace(preset("aurora-tiny"), description="mine", weights=None)
+    zoo.register_tokenizer("mine-test", added)
+    try:
+        assert zoo.create_tokenizer("mine-test").info.name == "mine-test"
+        with pytest.raises(ZooError, match="taken"):
+            zoo.register_tokenizer("mine-test", added)
+        with pytest.raises(ZooError, match="no weights are published"):
+            zoo.load_tokenizer("mine-test")
+    finally:
+        from zoo import registry
+
+        del registry._registered["mine-test"]
+    assert "mine-test" not in presets()

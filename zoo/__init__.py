@@ -1,0 +1,19 @@
+"""A model zoo of unified visual tokenizers: one contract, one way to train, the authors' weights."""
+
+from zoo.errors import ZooError
+from zoo.registry import create_tokenizer, list_tokenizers, load_tokenizer, register_tokenizer, save_tokenizer
+from zoo.tokenizer import Preset, Tokenizer, TokenizerInfo, Tokens, Weights
+
+__all__ = [
+    "Preset",
+    "Tokenizer",
+    "TokenizerInfo",
+    "Tokens",
+    "Weights",
+    "ZooError",
+    "create_tokenizer",
+    "list_tokenizers",
+    "load_tokenizer",
+    "register_tokenizer",
+    "save_tokenizer",
+]

@@ -1,0 +1,1 @@
+"""The commands of the zoo, one short file each."""

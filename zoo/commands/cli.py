@@ -1,0 +1,159 @@
+"""How a command line becomes a composed configuration, and a user's mistake one line."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import asdict
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from zoo.errors import ZooError, nearest
+from zoo.registry import presets, resource
+
+
+def run(command: str, task: Callable[[DictConfig], object], argv: list[str] | None = None) -> int:
+    """Compose conf/COMMAND.yaml with the overrides in argv (default: sys.argv[1:]) and call task on it.
+
+    Returns the exit code: 0, or 2 after a mistake of the user, which is told in one line without a traceback
+    (HYDRA_FULL_ERROR=1 shows it). `output_dir` of the configuration is made absolute, one folder a job in a multirun.
+    """
+    store_tokenizers()
+    overrides = sys.argv[1:] if argv is None else argv
+    original, show = sys.argv, bool(os.environ.get("HYDRA_FULL_ERROR"))
+
+    def with_output_dir(cfg: DictConfig):
+        sys.argv = original  # Lightning starts the other ranks with it
+        cfg.output_dir = HydraConfig.get().runtime.output_dir
+        check(cfg)
+        return task(cfg)
+
+    # hydra looks at the name and module of what it decorates
+    with_output_dir.__name__ = command
+    sys.argv = [command, *overrides]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises instead of printing and exiting
+    try:
+        hydra.main(version_base="1.3", config_path=str(resource("conf")), config_name=command)(with_output_dir)()
+        return 0
+    except (HydraException, OmegaConfBaseException, ZooError, MisconfigurationException) as error:
+        if show:
+            raise
+        print(f"zoo {command}: {explain(error, command, overrides)}", file=sys.stderr)
+        return 2
+    finally:
+        sys.argv = original
+        GlobalHydra.instance().clear()
+        if not show:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+
+
+def compose(command: str, overrides: list[str] | None = None) -> DictConfig:
+    """The configuration of a command as its command line would give it, for use from Python."""
+    store_tokenizers()
+    with hydra.initialize_config_dir(str(resource("conf")), version_base="1.3"):
+        cfg = hydra.compose(command, overrides or [])
+    check(cfg)
+    return cfg
+
+
+def store_tokenizers() -> None:
+    """Make every preset of the registry an option of the group `tokenizer`, so that its sizes stand in one place."""
+    for name, preset in presets().items():
+        node = {"_target_": "zoo.create_tokenizer", "name": name} | asdict(preset.config)
+        ConfigStore.instance().store(group="tokenizer", name=name, node=node)
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise ZooError where a value does not have the type that its callable's signature states."""
+    for key, node in _targets(cfg):
+        target = hydra.utils.get_object(node["_target_"])
+        function = target.__init__ if isinstance(target, type) else target
+        hints = typing.get_type_hints(function) if not isinstance(function, type(object.__init__)) else {}
+        for name, hint in hints.items():
+            if name in node and not OmegaConf.is_interpolation(node, name) and not OmegaConf.is_missing(node, name):
+                _expect(f"{key}.{name}", node[name], hint)
+    for name, hint in (("seed", int), ("resume", bool), ("batch_size", int)):
+        if name in cfg:
+            _expect(name, cfg[name], hint)
+
+
+def explain(error: Exception, command: str, overrides: list[str]) -> str:
+    """One line for an error of hydra, OmegaConf, Lightning or the zoo, with the nearest names for a misspelt key."""
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        return _line(error.__cause__)
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return f"{group} has no '{name}'{nearest(name, error.options)}."
+    if isinstance(error, ConfigCompositionException):
+        # "Could not override 'a.b'. Key 'b' is not in struct", "Could not find 'group/name'", ...
+        match = re.search(r"Could not override '([^']+)'", str(error))
+        if match:
+            key = match[1].split("@")[0]
+            rest = [o for o in overrides if o.lstrip("+~").split("=")[0] != key]
+            known = _keys(compose(command, rest))
+            close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+            close = close or [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]][:12]
+            return f"the configuration has no '{key}'; did you mean {' or '.join(close)}?"
+    return _line(error)
+
+
+def _line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(line for line in lines if not line.startswith(("object_type", "reference_type")))
+
+
+def _targets(node, key: str = ""):
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield key, node
+        children = [(name, node._get_node(name)) for name in node]
+    elif isinstance(node, ListConfig):
+        children = [(str(i), node._get_node(i)) for i in range(len(node))]
+    else:
+        return
+    for name, child in children:
+        yield from _targets(child, f"{key}.{name}".strip("."))
+
+
+def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for name in cfg:
+        keys.append(f"{prefix}{name}")
+        node = cfg._get_node(name)
+        if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
+            keys += _keys(node, f"{prefix}{name}.")
+    return keys
+
+
+def _expect(key: str, value, hint) -> None:
+    kinds = _kinds(hint)
+    if not kinds or value is None:
+        return
+    number = type(value) is int and float in kinds
+    if not (number or type(value) in kinds or (isinstance(value, (DictConfig, ListConfig)) and len(kinds) > 0)):
+        names = " or ".join(sorted(kind.__name__ for kind in kinds))
+        raise ZooError(f"{key} must be {names}, got {value!r}.")
+
+
+def _kinds(hint) -> set[type]:
+    """int, float, bool and str among the alternatives of a type hint; empty when another type could be meant."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        alternatives = [_kinds(option) for option in typing.get_args(hint) if option is not type(None)]
+        return set().union(*alternatives) if all(alternatives) else set()
+    if typing.get_origin(hint) is typing.Literal:
+        return {type(value) for value in typing.get_args(hint)}
+    if typing.get_origin(hint) in (list, tuple, dict) or hint in (list, tuple, dict):
+        return {list}
+    return {hint} if hint in (int, float, bool, str) else set()

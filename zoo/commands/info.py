@@ -1,0 +1,35 @@
+"""`zoo info NAME`: everything the zoo knows about one tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import zoo
+from zoo.registry import preset, resource
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("zoo info", description=__doc__)
+    parser.add_argument("name")
+    name = parser.parse_args(argv).name
+    chosen = preset(name)
+    with torch.device("meta"):
+        tokenizer = zoo.create_tokenizer(name)
+    table = Table("", name, show_header=True, title=chosen.description)
+    for key, value in asdict(tokenizer.info).items():
+        if key != "name":
+            table.add_row(key, str(value))
+    table.add_row("parameters", f"{sum(p.numel() for p in tokenizer.parameters()):,}")
+    table.add_row("configuration", "\n".join(f"{k} = {v!r}" for k, v in asdict(tokenizer.config).items()))
+    weights = chosen.weights
+    table.add_row("weights", "none published" if weights is None else weights.location or f"by hand: {weights.manual}")
+    card = resource("checkpoints") / f"{name}.md"
+    if card.is_file():
+        table.add_row("card", str(card))
+    Console().print(table)
+    return 0

@@ -1,0 +1,29 @@
+"""`zoo list [PATTERN]`: the tokenizers there are."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+from rich.table import Table
+
+import zoo
+from zoo.errors import ZooError
+from zoo.registry import has_weights, preset
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("zoo list", description=__doc__)
+    parser.add_argument("pattern", nargs="?", default="*", help="names that match, for example 'karl*'")
+    pattern = parser.parse_args(argv).pattern
+    names = zoo.list_tokenizers(pattern)
+    if not names:
+        raise ZooError(f"no tokenizer matches '{pattern}'; `zoo list` shows all.")
+    table = Table("name", "system", "what", "weights")
+    for name in names:
+        chosen = preset(name)
+        system = chosen.tokenizer.__module__.split(".")[-2]
+        where = "by name" if has_weights(chosen) else "your file" if chosen.weights else "none published"
+        table.add_row(name, system, chosen.description, where)
+    Console().print(table)
+    return 0

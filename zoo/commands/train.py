@@ -1,0 +1,62 @@
+"""`zoo train`: compose conf/train.yaml, build the parts, fit, save the tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+import zoo
+from zoo.commands import cli
+from zoo.errors import ZooError
+from zoo.registry import resource
+from zoo.training.callbacks import ResumingCSVLogger
+
+
+def train(cfg: DictConfig) -> L.Trainer:
+    """Run an experiment. output_dir receives config.yaml, metrics, checkpoints, pictures and tokenizer.safetensors."""
+    if OmegaConf.is_missing(cfg.module, "_target_"):
+        names = sorted(path.stem for path in (resource("conf") / "experiment").glob("*.yaml"))
+        raise ZooError(f"say what to train with experiment=NAME; there are: {', '.join(names)}.")
+    output = Path(cfg.output_dir)
+    resume_from = resume_point(output, cfg.resume)
+
+    L.seed_everything(cfg.seed, verbose=False)
+    data = instantiate(cfg.data)
+    module = instantiate(cfg.module, tokenizer=instantiate(cfg.tokenizer))
+    callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
+    loggers = [instantiate(logger) for logger in cfg.logger.values() if logger]
+    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+
+    if trainer.is_global_zero:
+        output.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(cfg, output / "config.yaml", resolve=True)
+        if resume_from:
+            step = torch.load(resume_from, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+            for logger in loggers:
+                if isinstance(logger, ResumingCSVLogger):
+                    logger.continue_from(step)
+    trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
+    if trainer.is_global_zero:
+        zoo.save_tokenizer(module.tokenizer, output / "tokenizer.safetensors")
+        print(f"trained {trainer.global_step} steps; tokenizer, metrics and pictures are in {output}")
+    return trainer
+
+
+def resume_point(output: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from. Raises ZooError when an earlier run would be overwritten, or has no checkpoint."""
+    last = output / "checkpoints" / "last.ckpt"
+    if resume:
+        if not last.is_file():
+            raise ZooError(f"resume=true needs {last}, which does not exist; check output_dir or leave resume out.")
+        return last
+    if last.is_file():
+        raise ZooError(f"{output} holds an earlier run; add resume=true to go on, or choose another output_dir.")
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run("train", train, argv)

@@ -1,0 +1,312 @@
+"""The contract of the zoo: every system is a Tokenizer, and what it makes of images are Tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from zoo.errors import ZooError, nearest
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What a caller has to know about a tokenizer before using it."""
+
+    system: str
+    """Folder of the system under zoo/tokenizers."""
+    paper: str
+    image_size: int
+    """Side in pixels of the square images it was made for."""
+    size_multiple: int | None
+    """Other heights and widths are taken when they are multiples of this; None: image_size only."""
+    channels: int
+    kind: str
+    """"discrete" (Tokens.ids) or "continuous" (Tokens.latents)."""
+    streams: tuple[str, ...]
+    max_tokens: int
+    """Positions per stream for an image of image_size."""
+    codebook_sizes: Mapping[str, int] = field(default_factory=dict)
+    """Codes in the codebook of each discrete stream."""
+    levels: Mapping[str, int] = field(default_factory=dict)
+    """Ids per position of a residual stream: Tokens.ids is (B, N, levels); absent: (B, N)."""
+    latent_dims: Mapping[str, int] = field(default_factory=dict)
+    """Width of the latents of each continuous stream."""
+    variable_length: bool = False
+    decodes_to: str = "pixels"
+    """"pixels", "depth" or "embedding"."""
+    name: str = "custom"
+    licence: str = "Apache-2.0"
+    """Licence of the weights behind the name, as their authors state it."""
+
+    @property
+    def input(self) -> str:
+        """Field of a batch that this tokenizer reads: "depth" or "image"."""
+        return "depth" if self.decodes_to == "depth" else "image"
+
+    @property
+    def bits_per_position(self) -> float:
+        """Bits that one position of all discrete streams takes."""
+        return sum(self.levels.get(name, 1) * math.log2(size) for name, size in self.codebook_sizes.items())
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a batch of B images with up to N positions each.
+
+    ids: {stream: (B, N) or (B, N, levels) int64}; latents: {stream: (B, N, D) float}; mask: (B, N) bool, True where
+    a token is live (default: everywhere); grid: (rows, columns) when the N tokens are a raster, else None.
+    Raises ZooError when the shapes do not belong together.
+    """
+
+    ids: Mapping[str, Tensor] = field(default_factory=dict)
+    latents: Mapping[str, Tensor] = field(default_factory=dict)
+    mask: Tensor | None = None
+    grid: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        tensors = [*self.ids.items(), *self.latents.items()]
+        if not tensors:
+            raise ZooError("Tokens need at least one stream of ids or latents, got none.")
+        for name, ids in self.ids.items():
+            if ids.dtype != torch.int64:
+                raise ZooError(f"ids of stream '{name}' must be int64, got {ids.dtype}; use ids.long().")
+        for name, latents in self.latents.items():
+            if latents.ndim != 3 or not latents.is_floating_point():
+                raise ZooError(
+                    f"latents of stream '{name}' must be float (B, N, D), got {latents.dtype} {tuple(latents.shape)}."
+                )
+        first, tensor = tensors[0]
+        if self.mask is None:
+            mask = torch.ones(tensor.shape[:2], dtype=torch.bool, device=tensor.device)
+            object.__setattr__(self, "mask", mask)
+        for name, other in [*tensors, ("mask", self.mask)]:
+            if other.ndim < 2 or other.ndim > 3 or other.shape[:2] != tensor.shape[:2]:
+                raise ZooError(
+                    f"all streams and the mask must share (B, N): '{first}' has shape {tuple(tensor.shape)} "
+                    f"and '{name}' has {tuple(other.shape)}."
+                )
+        if self.mask.dtype != torch.bool or self.mask.ndim != 2:
+            raise ZooError(f"mask must be bool (B, N), got {self.mask.dtype} {tuple(self.mask.shape)}.")
+        if self.grid is not None and math.prod(self.grid) != tensor.shape[1]:
+            raise ZooError(f"a grid of {self.grid} has {math.prod(self.grid)} places for {tensor.shape[1]} tokens.")
+
+    def __len__(self) -> int:
+        """B, the number of images."""
+        return len(self.mask)
+
+    def __getitem__(self, index) -> Tokens:
+        """Tokens of some images: an int (a batch of one), a slice, a list or a tensor over the batch."""
+        if isinstance(index, int):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"image {index} of a batch of {len(self)}")
+            index = [index]
+        return self._map(lambda tensor: tensor[index])
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64: live tokens of each image."""
+        return self.mask.sum(1)
+
+    def to(self, *args, **kwargs) -> Tokens:
+        """As Tensor.to; a dtype changes the latents only."""
+        ids_kwargs = {k: v for k, v in kwargs.items() if k != "dtype"}
+        ids_args = [a for a in args if not isinstance(a, torch.dtype)]
+        return Tokens(
+            {name: tensor.to(*ids_args, **ids_kwargs) for name, tensor in self.ids.items()},
+            {name: tensor.to(*args, **kwargs) for name, tensor in self.latents.items()},
+            self.mask.to(*ids_args, **ids_kwargs),
+            self.grid,
+        )
+
+    def cpu(self) -> Tokens:
+        return self.to("cpu")
+
+    def save(self, path) -> None:
+        """Write to a safetensors file that Tokens.load reads."""
+        tensors = {f"ids/{name}": tensor for name, tensor in self.ids.items()}
+        tensors |= {f"latents/{name}": tensor for name, tensor in self.latents.items()}
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in (tensors | {"mask": self.mask}).items()}
+        save_file(tensors, path, metadata={"tokens": json.dumps({"grid": self.grid})})
+
+    @staticmethod
+    def load(path) -> Tokens:
+        """Read what save wrote. Raises ZooError for any other file."""
+        try:
+            with safe_open(path, "pt") as file:
+                grid = json.loads(file.metadata()["tokens"])["grid"]
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise ZooError(f"{path} is not a file written by Tokens.save ({type(error).__name__}: {error}).") from error
+        streams = {"ids": {}, "latents": {}}
+        mask = tensors.pop("mask")
+        for name, tensor in tensors.items():
+            kind, stream = name.split("/", 1)
+            streams[kind][stream] = tensor
+        return Tokens(**streams, mask=mask, grid=tuple(grid) if grid else None)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Tokens:
+        return Tokens(
+            {name: function(tensor) for name, tensor in self.ids.items()},
+            {name: function(tensor) for name, tensor in self.latents.items()},
+            function(self.mask),
+            self.grid,
+        )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the pretrained weights of a preset are.
+
+    location: a file in checkpoints/, or "hf://owner/name/file"; None when no program can fetch them, and then
+    `manual` says which file a person has to get, and where.
+    """
+
+    location: str | None = None
+    sha256: str | None = None
+    manual: str = ""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A name of the zoo: which class, with which configuration, from which weights."""
+
+    tokenizer: type[Tokenizer]
+    config: Any
+    description: str
+    weights: Weights | None = None
+    licence: str = "Apache-2.0"
+
+
+class Tokenizer(nn.Module):
+    """Base of all tokenizers. A system sets `info` and writes `_encode`, `_decode` and, if it has them, `_features`.
+
+    `encode`, `decode`, `reconstruct` and `features` are the public, checked and gradient-free side; training goes
+    through the system's own forward. Images are float (B, C, H, W) in [0, 1]; each tokenizer normalises for itself.
+    """
+
+    Config: type
+    """Frozen dataclass of the sizes of the system."""
+    info: TokenizerInfo
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, **settings) -> Tokens:
+        """Images (B, C, H, W) in [0, 1] to Tokens. Raises ZooError for images of the wrong form."""
+        return self._encode(self.check_images(images), **settings)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tokens, **settings) -> Tensor:
+        """Tokens to images (B, C, H, W) in [0, 1]. Raises ZooError for tokens that are not this tokenizer's."""
+        return self._decode(self.check_tokens(tokens), **settings).clamp(0, 1)
+
+    def reconstruct(self, images: Tensor, **settings) -> Tensor:
+        """decode(encode(images, **settings))."""
+        return self.decode(self.encode(images, **settings))
+
+    @torch.no_grad()
+    def features(self, images: Tensor, **settings) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] to features (B, N, D) for understanding, where the system has them."""
+        return self._features(self.check_images(images), **settings)
+
+    def _encode(self, images: Tensor) -> Tokens:
+        raise NotImplementedError
+
+    def _decode(self, tokens: Tokens) -> Tensor:
+        raise NotImplementedError
+
+    def _features(self, images: Tensor) -> Tensor:
+        raise ZooError(f"{self.info.name} has no features for understanding; it encodes and decodes only.")
+
+    def check_images(self, images: Tensor) -> Tensor:
+        """The images on the tokenizer's device and in its dtype; ZooError when they are not what it takes."""
+        info = self.info
+        want = f"{info.name} takes float images (B, {info.channels}, H, W) in [0, 1]"
+        if not isinstance(images, Tensor):
+            raise ZooError(f"{want}, got {type(images).__name__}; make a tensor of it first.")
+        if not images.is_floating_point():
+            raise ZooError(f"{want}, got {images.dtype}; for bytes use images.float() / 255.")
+        if images.ndim != 4 or images.shape[1] != info.channels or 0 in images.shape:
+            raise ZooError(f"{want}, got shape {tuple(images.shape)}.")
+        height, width = images.shape[-2:]
+        if info.size_multiple is None and (height, width) != (info.image_size, info.image_size):
+            raise ZooError(f"{want} of {info.image_size} x {info.image_size} pixels, got {height} x {width}; resize.")
+        if info.size_multiple and (height % info.size_multiple or width % info.size_multiple):
+            raise ZooError(
+                f"{want} whose sides are multiples of {info.size_multiple}, got {height} x {width}; resize or crop."
+            )
+        low, high = (bound.item() for bound in torch.aminmax(images))
+        if not (low >= 0 and high <= 1):  # false for NaN too
+            raise ZooError(f"{want}, got values from {low:.4g} to {high:.4g}; rescale or clamp them.")
+        return images.to(self.device, self.dtype)
+
+    def check_tokens(self, tokens: Tokens) -> Tokens:
+        """The tokens on the tokenizer's device; ZooError when a stream is missing or does not fit."""
+        info = self.info
+        if not isinstance(tokens, Tokens):
+            raise ZooError(f"{info.name} decodes Tokens, got {type(tokens).__name__}; use Tokens(ids={{...}}).")
+        given = tokens.ids if info.kind == "discrete" else tokens.latents
+        for name in info.streams:
+            if name not in given:
+                what = "ids" if info.kind == "discrete" else "latents"
+                raise ZooError(f"{info.name} decodes {what} of stream '{name}', got streams {sorted(given) or 'none'}.")
+        for name, size in info.codebook_sizes.items():
+            ids, levels = tokens.ids[name], info.levels.get(name)
+            if ids.ndim != (3 if levels else 2) or (levels and ids.shape[2] > levels):
+                shape = f"(B, N, up to {levels})" if levels else "(B, N)"
+                raise ZooError(f"ids of stream '{name}' of {info.name} are {shape}, got shape {tuple(ids.shape)}.")
+            if ids.numel():
+                low, high = (bound.item() for bound in torch.aminmax(ids))
+                if low < 0 or high >= size:
+                    raise ZooError(
+                        f"ids of stream '{name}' of {info.name} are 0..{size - 1}, got values from {low} to {high}."
+                    )
+        for name, width in info.latent_dims.items():
+            if tokens.latents[name].shape[2] != width:
+                raise ZooError(
+                    f"latents of stream '{name}' of {info.name} are (B, N, {width}), "
+                    f"got shape {tuple(tokens.latents[name].shape)}."
+                )
+        return tokens.to(self.device)
+
+    def extra_repr(self) -> str:
+        return f"name={self.info.name!r}"
+
+
+def make_config(config, overrides: Mapping[str, Any]):
+    """A copy of a configuration with some fields replaced.
+
+    Raises ZooError for a field it does not have, a value of another type, and whatever the configuration refuses.
+    """
+    known = {f.name: getattr(config, f.name) for f in fields(config)}
+    values = {}
+    for name, value in overrides.items():
+        if name not in known:
+            raise ZooError(f"{type(config).__name__} has no field '{name}'{nearest(name, known)}.")
+        kind = type(known[name])
+        if kind is tuple and isinstance(value, Sequence) and not isinstance(value, str):
+            value = tuple(value)
+        elif kind is float and type(value) is int:
+            value = float(value)
+        if kind is not type(None) and type(value) is not kind:
+            raise ZooError(f"{type(config).__name__}.{name} must be of type {kind.__name__}, got {value!r}.")
+        values[name] = value
+    return replace(config, **values)

@@ -1,0 +1,1 @@
+"""What every LightningModule of the zoo shares."""

@@ -1,0 +1,47 @@
+"""What happens beside the training loop: pictures at each validation, and a metrics.csv that survives a resume."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torchvision.utils import make_grid, save_image
+
+
+class ReconstructionPictures(L.Callback):
+    """Writes input, reconstruction and absolute error of the first validation images to folder/step-N.png."""
+
+    def __init__(self, folder: str, num_images: int = 8):
+        self.folder, self.num_images = Path(folder), num_images
+
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        images = batch[module.tokenizer.info.input][: self.num_images]
+        reconstructions = module.tokenizer.reconstruct(images).to(images.dtype)
+        rows = torch.cat([images, reconstructions, (images - reconstructions).abs()])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_image(make_grid(rows, nrow=len(images)), self.folder / f"step-{trainer.global_step:07d}.png")
+
+
+class ResumingCSVLogger(CSVLogger):
+    """Lightning's CSV logger, which deletes the metrics of a run when the run is resumed, without the deleting.
+
+    Rows at or after the step from which the run goes on are dropped, since they are written again.
+    """
+
+    def __init__(self, save_dir: str, flush_logs_every_n_steps: int = 100):
+        super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=flush_logs_every_n_steps)
+        path = Path(save_dir) / "metrics.csv"
+        self._earlier = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
+
+    def continue_from(self, step: int) -> None:
+        """Keep the rows of earlier runs up to a step; without this call a run starts an empty file."""
+        writer = self.experiment
+        for row in self._earlier:
+            if int(row["step"]) < step:
+                writer.log_metrics({k: float(v) for k, v in row.items() if v and k != "step"}, int(row["step"]))
+        self.save()

@@ -1,0 +1,200 @@
+"""The one training loop of the zoo: every system is a TrainingModule that only says what its losses are."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from functools import partial
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.strategies import FSDPStrategy, ParallelStrategy
+from torch import Tensor, nn
+
+from zoo.errors import ZooError
+from zoo.tokenizer import Tokenizer
+from zoo.training.schedules import constant
+
+Losses = Iterator[tuple[str, Tensor, dict[str, Tensor]]]
+
+
+class TrainingModule(L.LightningModule):
+    """Optimisation that behaves alike in every system: optimizers, accumulation, clipping, schedules, bad steps.
+
+    A system writes `losses`, a generator that yields (optimizer, loss, what to log) in the order in which its recipe
+    steps. After each yield the loss is propagated into that optimizer's parameters only and the optimizer steps, so
+    the code after a yield sees the updated weights: a discriminator and a generator sharing one forward pass are two
+    yields. Random numbers of a step are a function of (seed, batch, rank), so that a resumed run is the same run.
+
+    Args:
+        tokenizer: what is trained.
+        optimizers: {name: partial torch optimizer waiting for its parameter groups}; the first one counts the steps.
+        schedules: {name: function of zoo.training.schedules, its own arguments bound}; default: constant.
+        gradient_clip: largest norm of an optimizer's gradient; 0: no clipping.
+        accumulate: batches whose gradients make one step.
+        max_bad_steps: a step whose gradient is not finite is skipped; more than this many in a row end the run.
+        compile: torch.compile the tokenizer's forward.
+        seed: of everything random in training steps.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        optimizers: Mapping[str, Callable],
+        schedules: Mapping[str, Callable] | None = None,
+        gradient_clip: float = 0.0,
+        accumulate: int = 1,
+        max_bad_steps: int = 10,
+        compile: bool = False,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.tokenizer = tokenizer
+        self.recipe, self.schedules = dict(optimizers), dict(schedules or {})
+        self.gradient_clip, self.accumulate = gradient_clip, accumulate
+        self.max_bad_steps, self.seed = max_bad_steps, seed
+        self._unchecked: list[tuple[int, list[str], Tensor]] = []  # steps whose finiteness was not read yet
+        self._bad_in_a_row = 0
+        if compile:
+            tokenizer.compile()
+
+    def losses(self, batch: dict) -> Losses:
+        """Yield (name of the optimizer, loss, {name: scalar to log}) in the order of the steps."""
+        raise NotImplementedError
+
+    def optimized(self) -> dict[str, nn.Module]:
+        """The module that each optimizer trains, as far as its parameters require gradients."""
+        return {"tokenizer": self.tokenizer}
+
+    def configure_optimizers(self):
+        modules = self.optimized()
+        if modules.keys() != self.recipe.keys():
+            raise ZooError(f"{type(self).__name__} trains {sorted(modules)}, got optimizers for {sorted(self.recipe)}.")
+        total, epoch = self._run_length()
+        configured = []
+        for name, module in modules.items():
+            optimizer = self.recipe[name](parameter_groups(module))
+            schedule = partial(self.schedules.get(name, constant), total=total, epoch=epoch)
+            configured.append(
+                {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)}
+            )
+        return configured
+
+    def on_train_batch_start(self, batch, batch_idx):
+        entropy = np.random.SeedSequence(
+            [self.seed, self.trainer.fit_loop.epoch_loop.total_batch_idx, self.global_rank]
+        )
+        seeds = entropy.generate_state(3)
+        random.seed(int(seeds[0]))
+        np.random.seed(seeds[1])
+        torch.manual_seed(int(seeds[2]))
+
+    def training_step(self, batch: dict, batch_idx: int) -> None:
+        completes = (batch_idx + 1) % self.accumulate == 0 or self.trainer.is_last_batch
+        optimizers = dict(zip(self.recipe, _as_list(self.optimizers()), strict=True))
+        schedulers = dict(zip(self.recipe, _as_list(self.lr_schedulers()), strict=True))
+        for name, loss, logs in self.losses(batch):
+            optimizer = optimizers[name]
+            # With one optimizer all gradients are its own; `inputs` costs DDP a search for unused parameters.
+            inputs = {} if len(optimizers) == 1 else {"inputs": _parameters(optimizer)}
+            with nullcontext() if completes else self._no_sync():
+                self.manual_backward(loss / self.accumulate, **inputs)
+            if completes:
+                norm = self._step(optimizer, counts=name == next(iter(optimizers)))
+                schedulers[name].step()
+                self._unchecked.append((self.global_step, batch.get("key", []), norm))
+                logs = logs | {f"gradient_norm/{name}": norm, f"lr/{name}": optimizer.param_groups[0]["lr"]}
+            self.log_dict({f"train/{key}": value for key, value in logs.items()}, batch_size=batch_size(batch))
+        if self.device.type == "cpu" or len(self._unchecked) >= self.trainer.log_every_n_steps:
+            self._check_bad_steps()
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        """Mean squared error and PSNR (dB, mean over images) of reconstructions in [0, 1]."""
+        images = batch[self.tokenizer.info.input]
+        mse = (self.tokenizer.reconstruct(images) - images).square().flatten(1).mean(1)
+        scores = {"val/mse": mse.mean(), "val/psnr": (-10 * mse.clamp(min=1e-10).log10()).mean()}
+        self.log_dict(scores, batch_size=len(images), sync_dist=True, prog_bar=True)
+
+    def on_train_epoch_end(self) -> None:
+        self._check_bad_steps()
+
+    def _step(self, optimizer, counts: bool) -> Tensor:
+        """Clip and step without reading anything back from the device; returns the gradient's norm before clipping."""
+        raw = optimizer.optimizer
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            scaler.unscale_(raw)
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            norm = self.trainer.strategy.model.clip_grad_norm_(self.gradient_clip or float("inf"))
+        else:
+            gradients = [p.grad for p in _parameters(raw) if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if self.gradient_clip:
+                torch.nn.utils.clip_grads_with_norm_(_parameters(raw), self.gradient_clip, norm)
+        if scaler is None:
+            bad = (~torch.isfinite(norm)).float()
+            if getattr(raw, "_step_supports_amp_scaling", False):
+                raw.grad_scale, raw.found_inf = None, bad  # a fused optimizer skips the step on the device
+            elif bad:
+                optimizer.zero_grad()
+        # Only steps of the first optimizer count as steps of the run.
+        optimizer.step() if counts else self.trainer.strategy.optimizer_step(raw, closure=lambda: None)
+        optimizer.zero_grad()
+        return norm.detach()
+
+    def _check_bad_steps(self) -> None:
+        if not self._unchecked:
+            return
+        norms = torch.stack([norm for *_, norm in self._unchecked]).tolist()
+        for (step, keys, _), norm in zip(self._unchecked, norms, strict=True):
+            finite = np.isfinite(norm)
+            self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
+            if not finite:
+                names = ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
+                self.print(f"step {step} was skipped: its gradient is {norm} (batch of {names or 'no named samples'}).")
+            if self._bad_in_a_row > self.max_bad_steps:
+                raise ZooError(
+                    f"{self._bad_in_a_row} steps in a row had no finite gradient, the last on the batch of {names}; "
+                    "look at these samples, or lower optimizer.lr."
+                )
+        self._unchecked.clear()
+
+    def _no_sync(self):
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+
+    def _run_length(self) -> tuple[int, int]:
+        """Optimizer steps of the whole run (-1: no end) and of an epoch (-1: unknown)."""
+        self.trainer.fit_loop.setup_data()
+        batches = self.trainer.num_training_batches
+        epoch = -1 if batches == float("inf") else -(-batches // self.accumulate)
+        epochs = self.trainer.max_epochs
+        bounds = [self.trainer.max_steps] if self.trainer.max_steps > 0 else []
+        bounds += [epochs * epoch] if epochs and epochs > 0 and epoch > 0 else []
+        return min(bounds, default=-1), epoch
+
+
+def parameter_groups(module: nn.Module) -> list[dict]:
+    """All parameters that require gradients: those of two axes and more decay as the optimizer says, others never."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2]},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def batch_size(batch: dict) -> int:
+    """Number of samples of a batch."""
+    return len(next(value for value in batch.values() if isinstance(value, Tensor)))
+
+
+def _parameters(optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _as_list(value) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,0 +1,28 @@
+"""Learning-rate schedules: (optimizer steps done, steps of the run, steps of an epoch) -> factor of the base rate."""
+
+import math
+
+from zoo.errors import ZooError
+
+
+def constant(step: int, total: int, epoch: int, warmup_steps: int = 0) -> float:
+    """Linear warm-up from 0, then 1."""
+    return min(1.0, step / warmup_steps) if warmup_steps else 1.0
+
+
+def cosine(step: int, total: int, epoch: int, warmup_steps: int = 0, min_ratio: float = 0.0) -> float:
+    """Linear warm-up from 0, then half a cosine from 1 to min_ratio at the last step. ZooError when there is no end."""
+    if total < 0:
+        raise ZooError("a cosine schedule needs the length of the run; set trainer.max_steps or trainer.max_epochs.")
+    if step < warmup_steps:
+        return step / warmup_steps
+    share = min(1.0, (step - warmup_steps) / max(1, total - warmup_steps))
+    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def stepped_in_epoch(step: int, total: int, epoch: int, decay: float = 0.98, every: int = 500) -> float:
+    """decay ** n, n growing at iterations 0, every, 2 every, ... of each epoch (AURORA's and AiT's training script)."""
+    if step == 0:
+        return 1.0
+    epochs_done, iteration = divmod(step - 1, epoch)
+    return decay ** (epochs_done * math.ceil(epoch / every) + iteration // every + 1)

@@ -1,0 +1,152 @@
+"""Weights on disk: read without executing anything, loaded completely or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from zoo.errors import ZooError
+from zoo.tokenizer import Weights
+
+NESTS = ("ema", "model_ema", "ema_state_dict", "state_dict", "model", "module", "weights", "params")
+"""Keys under which training scripts put the weights, best first: an EMA copy is what papers report."""
+
+PREFIXES = ("module.", "_orig_mod.", "tokenizer.")
+"""What DDP, torch.compile and the zoo's own training modules put before the names of a tokenizer."""
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """State dict and metadata of a .safetensors, .pt, .pth, .bin or .ckpt file, on the CPU.
+
+    Nested layouts are unwrapped (an EMA copy wins) and the prefixes of wrappers are taken off. torch files are read
+    with weights_only=True, so that nothing in them is executed. Raises ZooError when there are no weights in it.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ZooError(f"weights file {path} does not exist; give a path, 'hf://owner/name/file' or leave it out.")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                return unwrap({name: file.get_tensor(name) for name in file.keys()}, path), metadata  # noqa: SIM118
+        except SafetensorError as error:
+            raise ZooError(f"{path} is not a complete safetensors file ({error}); copy it again.") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise ZooError(
+            f"{path} holds Python objects beside its weights, or is no torch file, and is not opened, since that would "
+            f"execute code from it; save the bare state_dict with safetensors where you trust it. ({reason})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ZooError(f"{path} is not a complete torch file ({error}); copy it again.") from error
+    return unwrap(content, path), {}
+
+
+def unwrap(content, path: str | Path = "the file") -> dict[str, Tensor]:
+    """The tensors by name in a checkpoint of any usual layout."""
+    while isinstance(content, Mapping):
+        nest = next((key for key in NESTS if isinstance(content.get(key), Mapping) and content[key]), None)
+        if nest is None:
+            break
+        content = content[nest]
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    if not tensors:
+        raise ZooError(f"{path} holds no tensors by name; expected a state dict, alone or under one of {list(NESTS)}.")
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in tensors)), None):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def load(module: nn.Module, state: Mapping[str, Tensor], source: str | Path = "the file") -> None:
+    """Load every entry into the module, or none: ZooError lists what is missing, unexpected or of another shape."""
+    own = module.state_dict()
+    shapes = {name: f"{tuple(state[name].shape)} instead of {tuple(own[name].shape)}" for name in own if name in state}
+    problems = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "of another shape": [f"{n} {s}" for n, s in sorted(shapes.items()) if state[n].shape != own[n].shape],
+    }
+    if any(problems.values()):
+        parts = [f"{len(names)} {what} ({_first(names)})" for what, names in problems.items() if names]
+        raise ZooError(f"{source} does not fit {type(module).__name__}: {'; '.join(parts)}; nothing was loaded.")
+    module.load_state_dict(state)
+
+
+def rename(state: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, Tensor]:
+    """Names with every "theirs" prefix of the table ("a.b" stands for "a.b" and all "a.b.*") replaced by "ours".
+
+    The longest prefix wins; names without one are kept, so that load can name them.
+    """
+    renamed = {}
+    for name, tensor in state.items():
+        parts = name.split(".")
+        heads = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+        head = next((head for head in heads if head in table), None)
+        renamed[name if head is None else table[head] + name[len(head) :]] = tensor
+    return renamed
+
+
+def locate(weights: str | Path | Weights, name: str = "this tokenizer") -> Path:
+    """Local path of a file given as a path, as "hf://owner/name/file" or as a registered location.
+
+    Downloads come through huggingface_hub and its cache. Raises ZooError with what to do when it cannot be had.
+    """
+    sha256 = None
+    if isinstance(weights, Weights):
+        if weights.location is None:
+            raise ZooError(
+                f"the weights of {name} cannot be downloaded by a program: get {weights.manual}, then call "
+                f"zoo.load_tokenizer('{name}', weights='path/to/the/file')."
+            )
+        weights, sha256 = weights.location, weights.sha256
+    path = _download(weights, name) if str(weights).startswith("hf:/") else Path(weights).expanduser()
+    if sha256 and (found := _sha256(path)) != sha256:
+        raise ZooError(f"{path} is not the file registered for {name}: SHA-256 {found} instead of {sha256}.")
+    return path
+
+
+def save(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping | None = None) -> None:
+    """Write a safetensors file: to a temporary name first, so that a file that is there is a whole one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    save_file(tensors, part, metadata={"format": "pt"} | ({"zoo": json.dumps(metadata)} if metadata else {}))
+    part.replace(path)
+
+
+def _download(location: str | Path, name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    parts = str(location).removeprefix("hf:/").lstrip("/").split("/")
+    if len(parts) < 3:
+        raise ZooError(f"a hub location is 'hf://owner/name/file', got '{location}'.")
+    try:
+        return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ZooError(
+            f"cannot download {location} for {name} ({type(error).__name__}: {reason}); download the file where there "
+            f"is a network and pass weights='path/to/{parts[-1]}'."
+        ) from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()
+
+
+def _first(names: list[str], count: int = 10) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
