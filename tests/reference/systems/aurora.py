@@ -7,7 +7,6 @@ import zlib
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from vectors import Vectors, uniform
 
@@ -16,6 +15,7 @@ from zoo.losses import reconstruction_loss
 from zoo.quantizers import squared_distances
 from zoo.tokenizers.aurora import published
 from zoo.tokenizers.aurora.curriculum import CurriculumSampler
+from zoo.tokenizers.aurora.language import DepthConstraint, boxes_to_text, depth_to_text
 from zoo.tokenizers.aurora.tokenizer import AuroraTokenizer
 from zoo.tokenizers.aurora.training import aurora_losses
 
@@ -77,7 +77,7 @@ def network(vectors: Vectors, about: dict) -> dict[str, Tensor]:
             "loss_eval": torch.stack(aurora_losses(tokenizer, output, target, loss)),
             "decode": tokenizer.decode_ids(output.ids),
             "recon_from_codes": tokenizer.decoder(tokenizer.quantizer.codebook[output.ids[:1]].movedim(-1, 1)),
-            "depth_string_image0": depth_words(output.ids[0]),
+            "depth_string_image0": depth_to_text(output.ids[0]),
         }
 
     tokenizer.train()
@@ -86,7 +86,6 @@ def network(vectors: Vectors, about: dict) -> dict[str, Tensor]:
         output = tokenizer(image)
         total, reconstruction = aurora_losses(tokenizer, output, target, loss)
         out[f"train_losses{suffix}"] = torch.stack([total, reconstruction, output.quantizer_loss])
-        out[f"indices{suffix}"] = output.ids
         out[f"embedding{suffix or '_1'}"] = tokenizer.quantizer.codebook.clone()
         if not suffix:
             optimizer.zero_grad()
@@ -97,6 +96,7 @@ def network(vectors: Vectors, about: dict) -> dict[str, Tensor]:
             out |= {f"bn1:{key}": buffer.clone() for key, buffer in tokenizer.named_buffers()}
             optimizer.step()
             out |= {f"adam_1:{key}": p.detach().clone() for key, p in tokenizer.named_parameters()}
+    out["indices_2"] = output.ids
 
     fresh = build(vectors, module, counts=False).train()
     with torch.no_grad():
@@ -158,3 +158,47 @@ def curriculum(vectors: Vectors, about: dict) -> dict:
             "crc32_of_comma_joined": zlib.crc32(",".join(map(str, records)).encode()),
         }
     return json.loads(json.dumps(answers))
+
+
+def prep(vectors: Vectors, about: dict) -> dict[str, Tensor]:
+    from zoo.data.images import squash
+
+    gray = vectors.input("prep", "gray")
+    values = squash(gray[None], about["size"]) / 255
+    return {"preprocessed": (values - 0.5) / 0.5}
+
+
+def lm(vectors: Vectors, about: dict) -> dict[str, Tensor]:
+    """Greedy decoding over logits that are a function of the step."""
+    words = vectors.inputs["lm/logits"]
+    constraint = DepthConstraint(32000, 32001, range(32002, 32130), prompt_length=0)
+    ids = torch.zeros(1, 0, dtype=torch.int64)
+    for step in range(words["max_new"]):
+        logits = torch.from_numpy(uniform(f"{words['key']}/{step}", (words["vocab"],))).float()
+        for at, word, bump in words["bumps"]:
+            if at == step:
+                logits[word] += bump
+        ids = torch.cat([ids, constraint(ids, logits[None]).argmax(1, keepdim=True)], 1)
+        if ids[0, -1] == 2:
+            break
+    return {"ids": ids[0]}
+
+
+def text(vectors: Vectors, about: dict) -> dict:
+    answers = {}
+    for name, expected in about["expected"].items():
+        if name.startswith("ids_"):
+            vocabulary = aurora_vocabulary(depth=name != "ids_pixel_only", pixels=name != "ids_depth_only")
+            answers[name] = {w: len(vocabulary) if w == "vocab" else vocabulary.word_id(w) for w in expected}
+    boxes = about["expected"]["boxes_xyxy"]
+    return answers | {"boxes_xyxy": text_to_boxes(boxes_to_text(boxes)).tolist(), "box_lines": boxes_to_text(boxes)}
+
+
+CASES = {
+    "soft": soft,
+    "criterion": criterion,
+    "prep": prep,
+    "lm": lm,
+    "text": text,
+    "curriculum": curriculum,
+}

@@ -26,7 +26,6 @@ def from_published(state: Mapping[str, Tensor], config: AuroraConfig) -> dict[st
         codebook = state["quantizer.codebook"]
         state.setdefault("quantizer.embed_sum", codebook.clone())
         state.setdefault("quantizer.cluster_size", torch.ones(len(codebook)))
-        state.setdefault("quantizer.initialized", torch.tensor(True))
     return state
 
 

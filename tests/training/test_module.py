@@ -1,0 +1,177 @@
+"""The shared loop, on the smallest tokenizer there can be and data that are a function of their index."""
+
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from zoo.errors import ZooError
+from zoo.tokenizer import Tokenizer, TokenizerInfo
+from zoo.training import schedules
+from zoo.training.module import TrainingModule, parameter_groups
+
+
+class Scalar(Tokenizer):
+    """weight * image."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.weight = nn.Parameter(torch.ones(1, 1))
+        self.info = TokenizerInfo("test", "", 2, None, 1, "discrete", ("image",), 1)
+
+    def forward(self, images):
+        return self.weight * images
+
+    def reconstruct(self, images):
+        return self(images).detach()
+
+
+class Data(torch.utils.data.Dataset):
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, index):
+        return {"image": torch.full((1, 2, 2), float(self.values[index])), "key": f"sample-{index}"}
+
+
+class Regression(TrainingModule):
+    def losses(self, batch):
+        loss = (self.tokenizer(batch["image"]) - 2).square().mean()
+        yield "tokenizer", loss, {"loss": loss.detach()}
+
+
+def loader(values, batch_size=1):
+    return torch.utils.data.DataLoader(Data(values), batch_size)
+
+
+def fit(module, data, max_steps, **trainer):
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=max_steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **trainer,
+    )
+    trainer.fit(module, data)
+    return trainer
+
+
+sgd = partial(torch.optim.SGD, lr=0.1, fused=True)
+
+
+def test_accumulated_batches_step_as_one_large_batch():
+    one, four = (Regression(Scalar(), {"tokenizer": sgd}, accumulate=n) for n in (1, 4))
+    fit(one, loader([0.1, 0.5, 0.9, 0.3], 4), max_steps=1)
+    trainer = fit(four, loader([0.1, 0.5, 0.9, 0.3], 1), max_steps=1)
+    assert trainer.global_step == 1
+    torch.testing.assert_close(one.tokenizer.weight, four.tokenizer.weight)
+
+
+def test_a_long_gradient_is_clipped_to_its_norm():
+    module = Regression(Scalar(), {"tokenizer": sgd}, gradient_clip=0.5)
+    fit(module, loader([1.0]), max_steps=1)
+    torch.testing.assert_close(module.tokenizer.weight.item(), 1 + 0.1 * 0.5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_without_finite_gradient_is_skipped_and_named(fused, capsys):
+    adam = partial(torch.optim.AdamW, lr=0.1, fused=fused)
+    bad, good = (Regression(Scalar(), {"tokenizer": adam}) for _ in range(2))
+    fit(bad, loader([0.5, float("nan"), 0.5]), max_steps=3)
+    fit(good, loader([0.5, 0.5]), max_steps=2)
+    torch.testing.assert_close(bad.tokenizer.weight, good.tokenizer.weight)
+    assert "step 2 was skipped" in (out := capsys.readouterr().out)
+    assert "sample-1" in out
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_with_the_name_of_the_batch():
+    module = Regression(Scalar(), {"tokenizer": sgd}, max_bad_steps=2)
+    with pytest.raises(ZooError, match=r"3 steps in a row.*sample-3"):
+        fit(module, loader([0.5, *[float("inf")] * 5]), max_steps=6)
+
+
+class Adversarial(TrainingModule):
+    """The second loss sees the weights that the first one's step left."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.critic = nn.Linear(1, 1, bias=False)
+        self.seen = []
+
+    def optimized(self):
+        return {"tokenizer": self.tokenizer, "critic": self.critic}
+
+    def losses(self, batch):
+        fake = self.tokenizer(batch["image"]).mean().view(1, 1)
+        yield "critic", self.critic(fake.detach()).sum(), {}
+        self.seen.append(self.critic.weight.item())
+        yield "tokenizer", self.critic(fake).sum(), {}
+
+
+def test_losses_step_in_their_order_and_reach_their_own_parameters_only():
+    module = Adversarial(tokenizer=Scalar(), optimizers={"tokenizer": sgd, "critic": sgd})
+    with torch.no_grad():
+        module.critic.weight.fill_(1.0)
+    trainer = fit(module, loader([0.5]), max_steps=1)
+    assert trainer.global_step == 1  # one step of the run, though two optimizers stepped
+    updated = 1 - 0.1 * 0.5
+    assert module.seen == [pytest.approx(updated)]
+    assert module.critic.weight.item() == pytest.approx(updated)  # the second loss left the critic alone
+    assert module.tokenizer.weight.item() == pytest.approx(1 - 0.1 * 0.5 * updated)
+
+
+def test_missing_optimizers_are_named():
+    with pytest.raises(ZooError, match="critic"):
+        fit(Adversarial(tokenizer=Scalar(), optimizers={"tokenizer": sgd}), loader([0.5]), max_steps=1)
+
+
+class Noisy(Regression):
+    def losses(self, batch):
+        self.draws = [*getattr(self, "draws", []), torch.rand(()).item()]
+        yield from super().losses(batch)
+
+
+def test_random_numbers_of_a_step_depend_on_seed_and_step_alone():
+    runs = []
+    for before in (1, 2):
+        module = Noisy(Scalar(), {"tokenizer": sgd}, seed=7)
+        torch.manual_seed(before)
+        fit(module, loader([0.5, 0.1, 0.2]), max_steps=3)
+        runs.append(module.draws)
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == 3
+
+
+def test_the_schedule_of_the_config_moves_the_rate():
+    module = Regression(
+        Scalar(), {"tokenizer": sgd}, schedules={"tokenizer": partial(schedules.cosine, warmup_steps=2)}
+    )
+    trainer = fit(module, loader([0.0] * 4), max_steps=4)  # a gradient of zero: only the rate moves
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0)
+
+
+def test_vectors_and_biases_do_not_decay():
+    groups = parameter_groups(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
+    assert [len(group["params"]) for group in groups] == [1, 3]
+    assert groups[1]["weight_decay"] == 0
+
+
+def test_schedules_follow_their_formulas():
+    assert schedules.cosine(5, 100, 10, warmup_steps=10) == 0.5
+    assert schedules.cosine(55, 100, 10, warmup_steps=10, min_ratio=0.1) == pytest.approx(0.55)
+    assert schedules.cosine(100, 100, 10, warmup_steps=10, min_ratio=0.1) == pytest.approx(0.1)
+    with pytest.raises(ZooError, match="max_steps"):
+        schedules.cosine(0, -1, -1)
+    assert schedules.constant(3, -1, -1, warmup_steps=6) == 0.5
+    # 1,200 iterations an epoch: decays after iterations 0, 500 and 1000 of each
+    steps = {0: 0, 1: 1, 500: 1, 501: 2, 1001: 3, 1200: 3, 1201: 4, 2400: 6}
+    for step, decays in steps.items():
+        assert schedules.stepped_in_epoch(step, -1, 1200) == pytest.approx(0.98**decays)

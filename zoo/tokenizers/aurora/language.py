@@ -1,0 +1,151 @@
+"""Perception tokens as words of a language model: AURORA sections 3.2 and 3.4, and its constrained decoding."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.errors import ZooError
+from zoo.tokenizers.aurora.tokenizer import AuroraTokenizer
+
+DEPTH_START, DEPTH_END, DEPTH_WORD = "<DEPTH_START>", "<DEPTH_END>", "<DEPTH_{}>"
+PIXEL_WORD = "<PIXEL_{}>"
+PHOTO_SIDE = 336
+"""Photos are squashed to this many pixels a side before boxes and markers are written down."""
+
+
+def depth_to_text(ids: Tensor | Sequence[int]) -> str:
+    """The ids of one map, in raster order or as a grid, to "<DEPTH_START><DEPTH_17>...<DEPTH_END>"."""
+    words = (DEPTH_WORD.format(i) for i in torch.as_tensor(ids).flatten().tolist())
+    return "".join((DEPTH_START, *words, DEPTH_END))
+
+
+def text_to_depth(text: str, length: int = 100, num_codes: int = 128) -> Tensor:
+    """The first map in a text, (length,) int64. Blanks between words are ignored, as slow text tokenizers add them.
+
+    Raises ZooError for a text without a map, a map of another length, an id beyond the codebook and anything else
+    between start and end: nothing is repaired silently.
+    """
+    found = re.search(f"{DEPTH_START}(.*?){DEPTH_END}", text, re.DOTALL)
+    if not found:
+        raise ZooError(f"expected a map between {DEPTH_START} and {DEPTH_END}, the text has none: {text[:80]!r}.")
+    body = re.sub(r"\s+", "", found[1])
+    ids = [int(i) for i in re.findall(r"<DEPTH_(\d+)>", body)]
+    rest = re.sub(r"<DEPTH_\d+>", "", body)
+    if rest:
+        raise ZooError(f"expected only words <DEPTH_0> to <DEPTH_{num_codes - 1}> in a map, got also {rest[:40]!r}.")
+    if len(ids) != length:
+        raise ZooError(f"expected a map of {length} words, got {len(ids)}; cut off or malformed text.")
+    if ids and max(ids) >= num_codes:
+        raise ZooError(f"expected words <DEPTH_0> to <DEPTH_{num_codes - 1}>, got <DEPTH_{max(ids)}>.")
+    return torch.tensor(ids)
+
+
+def quantize_boxes(boxes: Tensor, width: float, height: float) -> Tensor:
+    """Boxes (M, 4) x1, y1, x2, y2 in pixels of a width x height photo to int64 words 0..335: floor, then clamp.
+
+    The authors' rounding is not published; floor is the zoo's choice.
+    """
+    scale = boxes.new_tensor([PHOTO_SIDE / width, PHOTO_SIDE / height] * 2, dtype=torch.float64)
+    return (boxes * scale).floor().long().clamp(0, PHOTO_SIDE - 1)
+
+
+def dequantize_boxes(words: Tensor, width: float, height: float) -> Tensor:
+    """The inverse of quantize_boxes up to its rounding: words (M, 4) to float pixels of the photo."""
+    return words * torch.tensor([width / PHOTO_SIDE, height / PHOTO_SIDE] * 2)
+
+
+def boxes_to_text(boxes: Tensor | Sequence[Sequence[int]]) -> str:
+    """Boxes (M, 4) of words 0..335 to one line each, numbered from 1. Raises ZooError for other values."""
+    boxes = torch.as_tensor(boxes).view(-1, 4)
+    if boxes.is_floating_point() or (boxes.numel() and not 0 <= boxes.min() <= boxes.max() < PHOTO_SIDE):
+        raise ZooError(f"expected boxes of integers 0..{PHOTO_SIDE - 1}, got {boxes.tolist()}; see quantize_boxes.")
+    lines = (",".join(PIXEL_WORD.format(v) for v in box) for box in boxes.tolist())
+    return "".join(f"Bounding box {k}: ({line})\n" for k, line in enumerate(lines, 1))
+
+
+def text_to_boxes(text: str) -> Tensor:
+    """All boxes written in a text, (M, 4) int64 in 0..335, whatever blanks stand between the words.
+
+    Raises ZooError for a box that has not four words, or a word beyond 335.
+    """
+    boxes = []
+    for number, body in re.findall(r"Bounding\s+box\s+(\d+)\s*:\s*\(([^)]*)\)?", text):
+        words = [int(v) for v in re.findall(r"<PIXEL_(\d+)>", body)]
+        if len(words) != 4 or max(words) >= PHOTO_SIDE:
+            raise ZooError(f"expected box {number} as four words <PIXEL_0> to <PIXEL_335>, got {body.strip()!r}.")
+        boxes.append(words)
+    return torch.tensor(boxes, dtype=torch.int64).view(-1, 4)
+
+
+class DepthConstraint:
+    """Constrained decoding of one map per answer, as a logits processor of transformers' `generate`.
+
+    Until a map is begun, the codes and the end word cannot be written; after the start word exactly `length` codes
+    follow, then the end word; after that no word of depth is written again. With greedy decoding this gives what the
+    authors' replacement of transformers' generation module gives; sampling and beams work as well.
+
+    Args:
+        start, end: ids of <DEPTH_START> and <DEPTH_END>.
+        codes: ids of the code words, a contiguous range.
+        prompt_length: words of the (left-padded) prompt, in which maps are not counted.
+        length: codes of a map.
+    """
+
+    def __init__(self, start: int, end: int, codes: range, prompt_length: int, length: int = 100):
+        self.start, self.end, self.codes = start, end, codes
+        self.prompt_length, self.length = prompt_length, length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids (B, T), scores (B, V) -> scores with the forbidden words at -inf."""
+        if scores.shape[1] <= max(self.end, self.start, self.codes[-1]):
+            raise ZooError(
+                f"the model has {scores.shape[1]} words and the depth words end at {max(self.end, self.codes[-1])}; "
+                "extend its embedding first (zoo.vocabulary)."
+            )
+        written = input_ids[:, self.prompt_length :]
+        starts = written == self.start
+        begun = starts.any(1)
+        # words after the start word; argmax finds the first
+        after = written.shape[1] - 1 - starts.int().argmax(1) if written.shape[1] else begun.long()
+        inside = begun & (after < self.length)
+        closing = begun & (after == self.length)
+        done = begun & (after > self.length)
+
+        is_code = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
+        is_code[self.codes.start : self.codes.stop] = True
+        is_end = torch.zeros_like(is_code)
+        is_end[self.end] = True
+        is_depth = is_code | is_end
+        is_depth[self.start] = True
+
+        forbidden = torch.where(
+            inside[:, None],
+            ~is_code,
+            torch.where(closing[:, None], ~is_end, torch.where(done[:, None], is_depth, is_code | is_end)),
+        )
+        return scores.masked_fill(forbidden, float("-inf"))
+
+
+def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Next-word cross entropy over the answer: perception tokens count like any other word (AURORA, section 3.4).
+
+    logits (B, T, V); labels (B, T) int64, the words themselves, -100 where the prompt stands. The paper's
+    distillation loss is this one, since its specialist's tokens are hard ids.
+    """
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def map_loss(tokenizer: AuroraTokenizer, logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean squared error between the map of soft words and that of the true ids (AURORA's optional auxiliary loss).
+
+    logits (B, K, h, w) of the model over the code words, ids (B, h, w) int64. It did not help the authors and is not
+    in their released training; the tokenizer stays as it is.
+    """
+    with torch.no_grad():
+        target = tokenizer.decode_ids(ids)
+    return F.mse_loss(tokenizer.decode_soft(logits, temperature), target)
