@@ -19,7 +19,7 @@ def main() -> int:
         return 0
     command, argv = sys.argv[1], sys.argv[2:]
     if command not in COMMANDS:
-        print(f"zoo: there is no command '{command}'{nearest(command, COMMANDS)}.", file=sys.stderr)
+        print(f"zoo: there is no command '{command}'{nearest(command, COMMANDS)}", file=sys.stderr)
         return 2
     try:
         return importlib.import_module(f"zoo.commands.{command}").main(argv)

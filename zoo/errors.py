@@ -13,9 +13,9 @@ class ZooError(ValueError):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """'; did you mean A, B or C?' for a misspelt name, or the names there are when none is close."""
+    """End of a sentence about a misspelt name: "; did you mean A or B?", or the names there are when none is close."""
     names = sorted(set(names))
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if close:
         return f"; did you mean {' or '.join(close)}?"
-    return f"; there are: {', '.join(names)}" if names else ""
+    return f"; there are: {', '.join(names)}." if names else "."

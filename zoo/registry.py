@@ -45,7 +45,7 @@ def preset(name: str) -> Preset:
     """The preset of a name. Raises ZooError with the nearest names."""
     known = presets()
     if name not in known:
-        raise ZooError(f"no tokenizer is called '{name}'{nearest(str(name), known)}.")
+        raise ZooError(f"no tokenizer is called '{name}'{nearest(str(name), known)}")
     return known[name]
 
 

@@ -300,7 +300,7 @@ def make_config(config, overrides: Mapping[str, Any]):
     values = {}
     for name, value in overrides.items():
         if name not in known:
-            raise ZooError(f"{type(config).__name__} has no field '{name}'{nearest(name, known)}.")
+            raise ZooError(f"{type(config).__name__} has no field '{name}'{nearest(name, known)}")
         kind = type(known[name])
         if kind is tuple and isinstance(value, Sequence) and not isinstance(value, str):
             value = tuple(value)

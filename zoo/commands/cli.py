@@ -23,6 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from zoo.errors import ZooError, nearest
 from zoo.registry import presets, resource
 
+MISTAKES = (HydraException, OmegaConfBaseException, ZooError, MisconfigurationException)
+
 
 def run(command: str, task: Callable[[DictConfig], object], argv: list[str] | None = None) -> int:
     """Compose conf/COMMAND.yaml with the overrides in argv (default: sys.argv[1:]) and call task on it.
@@ -33,30 +35,35 @@ def run(command: str, task: Callable[[DictConfig], object], argv: list[str] | No
     store_tokenizers()
     overrides = sys.argv[1:] if argv is None else argv
     original, show = sys.argv, bool(os.environ.get("HYDRA_FULL_ERROR"))
+    mistakes = []
 
-    def with_output_dir(cfg: DictConfig):
+    def job(cfg: DictConfig) -> None:
         sys.argv = original  # Lightning starts the other ranks with it
         cfg.output_dir = HydraConfig.get().runtime.output_dir
-        check(cfg)
-        return task(cfg)
+        try:
+            check(cfg)
+            task(cfg)
+        except MISTAKES as error:  # the other jobs of a multirun go on
+            if show:
+                raise
+            mistakes.append(error)
 
-    # hydra looks at the name and module of what it decorates
-    with_output_dir.__name__ = command
     sys.argv = [command, *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises instead of printing and exiting
     try:
-        hydra.main(version_base="1.3", config_path=str(resource("conf")), config_name=command)(with_output_dir)()
-        return 0
-    except (HydraException, OmegaConfBaseException, ZooError, MisconfigurationException) as error:
+        hydra.main(version_base="1.3", config_path=str(resource("conf")), config_name=command)(job)()
+    except MISTAKES as error:
         if show:
             raise
-        print(f"zoo {command}: {explain(error, command, overrides)}", file=sys.stderr)
-        return 2
+        mistakes.append(error)
     finally:
         sys.argv = original
         GlobalHydra.instance().clear()
         if not show:
             os.environ.pop("HYDRA_FULL_ERROR", None)
+    for error in mistakes:
+        print(f"zoo {command}: {explain(error, command, overrides)}", file=sys.stderr)
+    return 2 if mistakes else 0
 
 
 def compose(command: str, overrides: list[str] | None = None) -> DictConfig:
@@ -95,7 +102,7 @@ def explain(error: Exception, command: str, overrides: list[str]) -> str:
         return _line(error.__cause__)
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return f"{group} has no '{name}'{nearest(name, error.options)}."
+        return f"{group} has no '{name}'{nearest(name, error.options)}"
     if isinstance(error, ConfigCompositionException):
         # "Could not override 'a.b'. Key 'b' is not in struct", "Could not find 'group/name'", ...
         match = re.search(r"Could not override '([^']+)'", str(error))
@@ -142,16 +149,15 @@ def _expect(key: str, value, hint) -> None:
     if not kinds or value is None:
         return
     number = type(value) is int and float in kinds
-    if not (number or type(value) in kinds or (isinstance(value, (DictConfig, ListConfig)) and len(kinds) > 0)):
+    if not (number or type(value) in kinds or isinstance(value, (DictConfig, ListConfig))):
         names = " or ".join(sorted(kind.__name__ for kind in kinds))
         raise ZooError(f"{key} must be {names}, got {value!r}.")
 
 
 def _kinds(hint) -> set[type]:
-    """int, float, bool and str among the alternatives of a type hint; empty when another type could be meant."""
+    """The types of a hint that a configuration can hold: int, float, bool, str, list; empty when any could be meant."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        alternatives = [_kinds(option) for option in typing.get_args(hint) if option is not type(None)]
-        return set().union(*alternatives) if all(alternatives) else set()
+        return set().union(*map(_kinds, typing.get_args(hint)))
     if typing.get_origin(hint) is typing.Literal:
         return {type(value) for value in typing.get_args(hint)}
     if typing.get_origin(hint) in (list, tuple, dict) or hint in (list, tuple, dict):

@@ -25,8 +25,8 @@ def train(cfg: DictConfig) -> L.Trainer:
     resume_from = resume_point(output, cfg.resume)
 
     L.seed_everything(cfg.seed, verbose=False)
-    data = instantiate(cfg.data)
     module = instantiate(cfg.module, tokenizer=instantiate(cfg.tokenizer))
+    data = instantiate(cfg.data)
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
     loggers = [instantiate(logger) for logger in cfg.logger.values() if logger]
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)

@@ -31,5 +31,5 @@ RECONSTRUCTION = {
 def reconstruction_loss(name: str):
     """The loss (prediction, target of equal shape) -> scalar of a name. Raises ZooError for an unknown one."""
     if name not in RECONSTRUCTION:
-        raise ZooError(f"no reconstruction loss is called '{name}'{nearest(name, RECONSTRUCTION)}.")
+        raise ZooError(f"no reconstruction loss is called '{name}'{nearest(name, RECONSTRUCTION)}")
     return RECONSTRUCTION[name]

@@ -1,0 +1,324 @@
+"""`zoo evaluate`: how much of an image a tokenizer keeps, with how many tokens, at which speed."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import mmap
+import platform
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+from lightning.fabric import Fabric
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from torchmetrics import Metric
+
+from zoo import weights as files
+from zoo.commands import cli
+from zoo.data import Loader
+from zoo.errors import ZooError, nearest
+from zoo.metrics.base import MissingWeights, Row
+from zoo.metrics.cost import Cost, timed
+from zoo.metrics.pictures import draw_reconstructions
+from zoo.metrics.thumbnail import ThumbnailSize, thumbnail
+from zoo.metrics.tokens import TokenStatistics, numbers
+from zoo.registry import load_tokenizer, preset, resource
+from zoo.tokenizer import Tokenizer, TokenizerInfo, Tokens
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
+COLUMNS = 4
+"""Rows of the report side by side in one table, which then fits 100 characters."""
+
+
+class Entry:
+    """A row of the report: all that is measured of the tokenizer under some settings, or of its thumbnail."""
+
+    def __init__(self, name: str, settings: dict, metrics: Mapping, statistics: list[Metric], info: TokenizerInfo):
+        self.name, self.settings, self.statistics = name, settings, statistics
+        self.metrics: list[Metric] = []
+        self.rows: list[Row] = []
+        self.missing: dict[str, str] = {}
+        for key, node in metrics.items():
+            try:
+                metric = instantiate(node)
+                self.metrics.append(metric)
+            except InstantiationException as error:
+                if not isinstance(error.__cause__, MissingWeights):
+                    raise
+                metric = get_class(node["_target_"])  # knows which numbers will be missing
+                self.missing |= {row.name: str(error.__cause__) for row in metric.rows}
+            if info.decodes_to not in metric.kinds:
+                raise ZooError(
+                    f"metrics.{key} is for tokenizers that decode to {' or '.join(metric.kinds)}, and {info.name} "
+                    f"decodes to {info.decodes_to}; leave it out, or use metrics=auto."
+                )
+            self.rows += metric.rows
+
+    def to(self, device: torch.device) -> None:
+        for metric in (*self.metrics, *self.statistics):
+            metric.to(device)
+
+    def score(self, reconstructions: Tensor, images: Tensor, keys: list[str]) -> None:
+        for metric in self.metrics:
+            metric.update(reconstructions, images, keys)
+
+    def report(self) -> dict:
+        """Its numbers over all ranks; None for one that cannot be given, with the reason under "missing"."""
+        values: dict[str, float | None] = dict.fromkeys(self.missing)
+        for metric in (*self.metrics, *self.statistics):
+            try:
+                values |= {name: float(value) for name, value in metric.compute().items()}
+            except ZooError as error:
+                values |= {row.name: None for row in metric.rows}
+                self.missing |= {row.name: str(error) for row in metric.rows}
+        for name, value in values.items():
+            if value is not None and not math.isfinite(value):
+                values[name] = None
+                self.missing[name] = f"the result is {value}: nothing to average over, or a reconstruction holds NaN."
+        for metric in self.statistics:
+            self.rows += metric.rows
+        return {"name": self.name, "settings": self.settings, "metrics": values, "missing": self.missing}
+
+
+def evaluate(cfg: DictConfig) -> dict:
+    """Score a tokenizer on a data set; returns the report that is also written to output_dir.
+
+    What is scored is exactly the crop that went into the tokenizer. Every rank takes its share of the images and
+    returns the same report; the first writes metrics.json and reconstructions.png and prints the table.
+    Raises ZooError for what is wrong in the configuration.
+    """
+    check(cfg)
+    overrides = changed_fields(cfg.tokenizer)
+    tokenizer = load_tokenizer(cfg.tokenizer.name, weights=cfg.weights, **overrides)
+    info = tokenizer.info
+    metrics = chosen_metrics(cfg.metrics, info)
+    pairs = []
+    for settings in combinations(cfg.encode, tokenizer):
+        entry, baseline = Entry(info.name, settings, metrics, [TokenStatistics(info), Cost()], info), None
+        if cfg.baseline and info.decodes_to != "embedding":
+            baseline = Entry("thumbnail", settings, metrics, [ThumbnailSize()], info)
+        pairs.append((entry, baseline))
+    entries = [entry for pair in pairs for entry in pair if entry]
+
+    try:
+        fabric = Fabric(accelerator=cfg.device, devices=cfg.devices, strategy=cfg.strategy)
+    except (ValueError, TypeError) as error:
+        raise ZooError(f"device={cfg.device} devices={cfg.devices} strategy={cfg.strategy}: {error}") from error
+    fabric.launch()
+    torch.manual_seed(cfg.seed)
+    tokenizer.to(fabric.device, DTYPES[cfg.dtype])
+    for entry in entries:
+        entry.to(fabric.device)
+    source = OmegaConf.to_container(cfg.data, resolve=True) | {"fields": [info.input]}
+    data = instantiate(source)
+    data.trainer = fabric  # it asks for the rank and the number of ranks
+    batches = data.test_dataloader()
+    if cfg.limit is not None:
+        batches = limited(batches, cfg.limit)
+    first = None
+    for batch in track(batches, info.name, disable=not fabric.is_global_zero, transient=True):
+        images, keys = batch[info.input].to(fabric.device), batch["key"]
+        if first is None:  # no first call is timed
+            for entry, _ in pairs:
+                through(tokenizer, images, entry.settings)
+        results = [step(tokenizer, images, keys, *pair, cfg.round_to_bytes) for pair in pairs]
+        first = first or (images, results)
+
+    rows = [entry.report() for entry in entries]
+    count = int(rows[0]["metrics"]["images"])
+    if not count:
+        raise ZooError(f"no image to score came from data={source}.")
+    report = {
+        "protocol": protocol(cfg, source, overrides, metrics) | {"images": count},
+        "run": about_the_run(fabric),
+        "measures": {row.name: {"title": row.title, "better": row.better} for entry in entries for row in entry.rows},
+        "rows": rows,
+    }
+    if fabric.is_global_zero:
+        report["protocol"]["image_size"] = list(first[0].shape[-2:])
+        write(report, {row.name: row for entry in entries for row in entry.rows}, *first, cfg)
+    return report
+
+
+def step(tokenizer, images: Tensor, keys: list[str], entry: Entry, baseline: Entry | None, round_to_bytes: bool):
+    """Measure one batch under one setting. Returns its tokens, and reconstructions by label."""
+    tokens, output, encode_seconds, decode_seconds = through(tokenizer, images, entry.settings)
+    entry.statistics[0].update(tokens)
+    entry.statistics[1].update(len(images), encode_seconds, decode_seconds)
+    outputs = {} if output is None else {entry: output.float()}
+    if baseline:
+        outputs[baseline], used = thumbnail(images, numbers(tokens))
+        baseline.statistics[0].update(used)
+    if round_to_bytes:
+        outputs = {one: (output * 255).round() / 255 for one, output in outputs.items()}
+    for one, output in outputs.items():
+        one.score(output, images, keys)
+    return tokens, {label(one.name, one.settings): output for one, output in outputs.items()}
+
+
+def through(tokenizer: Tokenizer, images: Tensor, settings: dict) -> tuple[Tokens, Tensor | None, float, float]:
+    """Tokens, reconstructions (None where there is no decoder to images), and the seconds that each took."""
+    tokens, encode_seconds = timed(images.device, tokenizer.encode, images, **settings)
+    if tokenizer.info.decodes_to == "embedding":
+        return tokens, None, encode_seconds, 0.0
+    output, decode_seconds = timed(images.device, tokenizer.decode, tokens)
+    return tokens, output, encode_seconds, decode_seconds
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise ZooError where a field of conf/evaluate.yaml is not of its kind."""
+    if cfg.dtype not in DTYPES:
+        raise ZooError(f"dtype must be one of {', '.join(DTYPES)}, got {cfg.dtype!r}.")
+    for name in ("baseline", "round_to_bytes"):
+        if type(cfg[name]) is not bool:
+            raise ZooError(f"{name} must be true or false, got {cfg[name]!r}.")
+    for name, least in (("limit", 1), ("pictures", 0)):
+        if cfg[name] is not None and (type(cfg[name]) is not int or cfg[name] < least):
+            raise ZooError(f"{name} must be an integer of at least {least}, got {cfg[name]!r}.")
+
+
+def changed_fields(node: DictConfig) -> dict:
+    """Fields of cfg.tokenizer that are not the preset's, for load_tokenizer."""
+    config = preset(node.name).config
+    fields = {name: value for name, value in OmegaConf.to_container(node).items() if name not in ("_target_", "name")}
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    return {name: value for name, value in fields.items() if value != getattr(config, name, None)}
+
+
+def chosen_metrics(node: DictConfig, info: TokenizerInfo) -> dict:
+    """The measures by name: under "auto" those that fit the tokenizer, and with them the ones asked for beside it."""
+    metrics = OmegaConf.to_container(node, resolve=True)
+    return metrics.pop("auto", {}).get(info.decodes_to, {}) | metrics
+
+
+def combinations(encode: DictConfig, tokenizer: Tokenizer) -> list[dict]:
+    """Every combination of the settings of encode, whose lists stand for several values."""
+    settings = OmegaConf.to_container(encode, resolve=True)
+    known = list(inspect.signature(tokenizer._encode).parameters)[1:]
+    for name in settings:
+        if name not in known:
+            raise ZooError(f"{tokenizer.info.name} has no setting encode.{name}{nearest(name, known)}.")
+    values = [value if isinstance(value, list) else [value] for value in settings.values()]
+    return [dict(zip(settings, chosen, strict=True)) for chosen in itertools.product(*values)]
+
+
+def limited(loader: Loader, limit: int) -> Iterator[dict]:
+    """This rank's part of the first `limit` images of all ranks."""
+    share = loader.dataset
+    if share.total is None:
+        raise ZooError("limit needs data whose number of images is known: a folder, or shards that are local files.")
+    left = min(share.end, limit) - share.begin
+    for batch in loader if left > 0 else ():
+        yield {name: values[:left] for name, values in batch.items()}
+        left -= len(batch["key"])
+        if left <= 0:
+            break
+
+
+def weights_file(cfg: DictConfig) -> Path:
+    location = cfg.weights or preset(cfg.tokenizer.name).weights.location
+    if not cfg.weights and not location.startswith("hf://"):
+        location = resource("checkpoints") / location
+    return files.locate(location, cfg.tokenizer.name)
+
+
+def protocol(cfg: DictConfig, source: dict, overrides: dict, metrics: dict) -> dict:
+    """All that decides the numbers: reports whose protocols are equal can be compared."""
+    weights = weights_file(cfg)
+    with weights.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        sha256 = hashlib.sha256(content).hexdigest()
+    return {
+        "tokenizer": cfg.tokenizer.name,
+        "overrides": overrides,
+        "weights": {"file": weights.name, "sha256": sha256},
+        "encode": OmegaConf.to_container(cfg.encode, resolve=True),
+        "data": source,
+        "split": "train" if source.get("val") is None else "val",
+        "resize": "shorter side to data.image_size, bicubic with antialiasing (depth: nearest)",
+        "crop": "center",
+        "scored": "the crop that went into the tokenizer against its reconstruction, clamped to [0, 1]",
+        "round_to_bytes": cfg.round_to_bytes,
+        "thumbnail": "bicubic, with as many numbers as ids or latent values, each kept as a 32-bit float",
+        "metrics": metrics,
+        "limit": cfg.limit,
+        "dtype": cfg.dtype,
+        "seed": cfg.seed,
+    }
+
+
+def about_the_run(fabric: Fabric) -> dict:
+    cuda = fabric.device.type == "cuda"
+    packages = {"torch": "torch", "zoo": "tokenizer-zoo", "torchmetrics": "torchmetrics", "lightning": "lightning"}
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "device": torch.cuda.get_device_name(fabric.device) if cuda else f"{fabric.device.type} {platform.machine()}",
+        "devices": fabric.world_size,
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | {name: version(p) for name, p in packages.items()},
+    }
+
+
+def write(report: dict, rows: dict[str, Row], images: Tensor, results: list, cfg: DictConfig) -> None:
+    """metrics.json, a picture for each setting, and the table on the terminal."""
+    folder = Path(cfg.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    for i, (tokens, outputs) in enumerate(results, 1):
+        if outputs and cfg.pictures:
+            path = folder / ("reconstructions.png" if len(results) == 1 else f"reconstructions-{i}.png")
+            outputs = {name: output[: cfg.pictures] for name, output in outputs.items()}
+            draw_reconstructions(path, images[: cfg.pictures], outputs, tokens[: cfg.pictures])
+    console = Console(highlight=False)
+    for i in range(0, len(report["rows"]), COLUMNS):
+        console.print(table(report["rows"][i : i + COLUMNS], rows, report["protocol"]))
+    for entry in report["rows"][:1]:
+        for name, reason in entry["missing"].items():
+            console.print(f"{rows[name].title if name in rows else name}: {reason}", soft_wrap=True, markup=False)
+    console.print(f"metrics.json and pictures are in {folder}", soft_wrap=True)
+
+
+def table(entries: list[dict], rows: dict[str, Row], protocol: dict) -> Table:
+    """One line for each measure, one column for each row of the report; the best of a line is bold."""
+    height, width = protocol["image_size"]
+    table = Table(title=f"{protocol['tokenizer']}: {protocol['images']} images of {height} x {width} pixels")
+    table.add_column("")
+    for entry in entries:
+        table.add_column(label(entry["name"], entry["settings"]), justify="right")
+    for row in rows.values():
+        values = [entry["metrics"].get(row.name) for entry in entries]
+        known = [value for value in values if value is not None]
+        best = {"higher": max, "lower": min}[row.better](known) if row.better and len(known) > 1 else None
+        cells = []
+        for entry, value in zip(entries, values, strict=True):
+            if value is None:
+                cells.append("missing" if row.name in entry["missing"] else "")
+            else:
+                cells.append(f"[bold]{value:{row.format}}[/]" if value == best else f"{value:{row.format}}")
+        table.add_row(row.title.replace("[", r"\[") + ARROWS[row.better], *cells)
+    return table
+
+
+def label(name: str, settings: dict) -> str:
+    return "\n".join([name, *(f"{setting} {value}" for setting, value in settings.items())])
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    # what encode takes is the tokenizer's affair, so that conf/evaluate.yaml cannot name the keys
+    return cli.run("evaluate", evaluate, [f"++{a}" if a.startswith("encode.") else a for a in argv])

@@ -1,0 +1,231 @@
+"""From the bytes of a sample to tensors: pure functions of the bytes and of a seeded generator."""
+
+import io
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from zoo.data.sources import IMAGE_SUFFIXES, BadSample
+from zoo.errors import ZooError, nearest
+
+CROPS = ("center", "random", "resized")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Makes the fields that a run asks for out of a raw sample, and decodes nothing else.
+
+    fields: "image", "depth", or any text: a member `<field>` or `<field>.txt` (for "caption" also `txt`; for "class"
+        also `cls`, a number), else an entry of the member `json`.
+    image_size: side of the square; None keeps the size of the file. What has that size is not resampled.
+    crop: "center" and "random" scale the shorter side to image_size and cut a square out there; "resized" cuts out a
+        part of the picture, its area a share from `crop_scale` and its aspect ratio from 3/4 to 4/3, and scales that.
+        All bicubic with antialiasing.
+    """
+
+    fields: Sequence[str] = ("image",)
+    image_size: int | None = None
+    crop: str = "center"
+    crop_scale: Sequence[float] = (0.8, 1.0)
+    flip: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.fields, str) or not self.fields:
+            raise ZooError(f"fields must be a list such as [image, caption], got {self.fields!r}")
+        if self.crop not in CROPS:
+            raise ZooError(f"crop={self.crop!r} is unknown{nearest(str(self.crop), CROPS)}")
+        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ZooError(
+                f"crop_scale must be two shares of the area, such as [0.8, 1.0], got {list(self.crop_scale)}"
+            )
+        if "depth" in self.fields and self.augments:
+            raise ZooError("depth maps are neither flipped nor cropped at random: leave flip=false and crop=center")
+        if self.image_size is None and self.crop != "center":
+            raise ZooError(f"crop={self.crop} needs an image_size")
+
+    @property
+    def augments(self) -> bool:
+        return self.flip or self.crop != "center"
+
+    def __call__(self, raw: dict, depth: str, squash: bool, rng: random.Random | None = None) -> dict:
+        """{"key": str, "image": (3, H, W) bytes, or float in [0, 1], "depth": (1, H, W) float in [0, 1], others: as
+        they are}. depth, squash: of the source. BadSample for what cannot be made."""
+        sample, record = {"key": raw["__key__"]}, None
+        try:
+            for field in self.fields:
+                if field == "image":
+                    sample[field] = self._image(*_picture(raw, "image", ("", "image", "rgb")), rng)
+                elif field == "depth":
+                    sample[field] = self._depth(*_picture(raw, "depth", ("depth",)), depth, squash)
+                elif field == "class" and "cls" in raw:
+                    sample[field] = int(raw["cls"])
+                elif text := next(
+                    (m for m in (field, f"{field}.txt", *["txt"] * (field == "caption")) if m in raw), None
+                ):
+                    sample[field] = raw[text].decode()
+                else:
+                    record = record or json.loads(raw.get("json", b"{}"))
+                    if field not in record:
+                        raise BadSample(f"no {field!r} among {_content(raw, record)}")
+                    sample[field] = record[field]
+        except BadSample as error:
+            raise BadSample(f"{raw['__url__']}: {raw['__key__']}", error.args[0]) from None
+        except ValueError as error:  # bytes that are no text, no number or no JSON
+            raise BadSample(f"{raw['__url__']}: {raw['__key__']}", f"{field!r} cannot be read ({error})") from None
+        return sample
+
+    def _image(self, suffix: str, data: bytes, rng: random.Random | None) -> Tensor:
+        image = read_rgb(suffix, data)
+        if self.image_size:
+            image = fit(image, self.image_size, self.crop, self.crop_scale, rng)
+        if self.flip and rng.random() < 0.5:
+            image = ImageOps.mirror(image)
+        pixels = torch.from_numpy(np.array(image))
+        return pixels.clamp(0, 1).expand(3, -1, -1) if image.mode == "F" else pixels.permute(2, 0, 1)
+
+    def _depth(self, suffix: str, data: bytes, depth: str, squash: bool) -> Tensor:
+        values, size = read_depth(suffix, data), self.image_size
+        if depth == "distance":
+            values = near_is_one(np.divide(1, values, out=np.full_like(values, np.nan), where=values > 0))
+        elif depth == "disparity":
+            values = near_is_one(values)
+        if size and values.shape != (size, size):
+            image = Image.fromarray(values)
+            image = image.resize((size, size), Image.NEAREST) if squash else fit(image, size, resample=Image.NEAREST)
+            values = np.array(image)
+        return torch.from_numpy(values)[None]
+
+
+def read_rgb(suffix: str, data: bytes) -> Image.Image:
+    """An upright picture of mode "RGB", or "F" in [0, 1] for 16-bit grey. What is transparent lies over white, of an
+    animation the first frame is taken, CMYK is converted without a colour profile."""
+    image = _open(suffix, data, upright=True)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.mode[0] in "IF":
+        return Image.fromarray(_sixteen_bits(image))
+    return image.convert("RGB")
+
+
+def read_depth(suffix: str, data: bytes) -> np.ndarray:
+    """(H, W) float32: the first channel of a picture, integers over 255 or 65535; or the array in a .npz as it is."""
+    if suffix == "depth.npz":
+        try:
+            with np.load(io.BytesIO(data)) as arrays:
+                values = arrays[arrays.files[0]].astype(np.float32)
+        except Exception as error:  # as for pictures
+            raise BadSample(f"{suffix!r} is no array ({error})") from None
+        if values.ndim != 2:
+            raise BadSample(f"{suffix!r} has shape {values.shape}, not (height, width)")
+        return values
+    image = _open(suffix, data)
+    if image.mode[0] in "IF":
+        return _sixteen_bits(image)
+    if image.mode in ("1", "P"):
+        image = image.convert("RGB")
+    return np.asarray(image.getchannel(0), np.float32) / 255
+
+
+def near_is_one(inverse: np.ndarray) -> np.ndarray:
+    """Inverse depth or disparity, scaled to [0, 1] over the picture. Unknown (not finite) becomes 0, the farthest."""
+    known = np.isfinite(inverse)
+    if not known.any():
+        raise BadSample("its depth is nowhere known")
+    low, high = inverse[known].min(), inverse[known].max()
+    return np.where(known, (inverse - low) / max(high - low, np.finfo(np.float32).tiny), 0).astype(np.float32)
+
+
+def fit(image: Image.Image, size: int, crop="center", scale=(1, 1), rng=None, resample=Image.BICUBIC) -> Image.Image:
+    """A square of that side, see Decoder. "center" is torchvision's Resize and CenterCrop, pixel by pixel."""
+    width, height = image.size
+    for _ in range(10 if crop == "resized" else 0):  # torchvision's RandomResizedCrop, which also takes the centre then
+        area, ratio = width * height * rng.uniform(*scale), (3 / 4) ** rng.uniform(-1, 1)
+        w, h = (area * ratio) ** 0.5, (area / ratio) ** 0.5
+        if w <= width and h <= height:
+            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+            return image.resize((size, size), resample, (left, top, left + w, top + h))
+    short = min(width, height)
+    if short != size:
+        image = image.resize((size * width // short, size * height // short), resample)
+    width, height = image.size
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    if crop == "random":
+        left, top = rng.randint(0, width - size), rng.randint(0, height - size)
+    return image if width == height else image.crop((left, top, left + size, top + size))
+
+
+def collate(samples: Iterable[dict], size: int, buffers: dict[str, Tensor]) -> dict:
+    """Up to `size` samples: pictures in one tensor a field, in `buffers[field]` if that fits; everything else in lists.
+
+    A sample is copied to its place before the next one is made, so that they are all made in the same warm memory.
+    """
+    batch = {}
+    for n, sample in enumerate(samples):
+        for name, value in sample.items():
+            if not isinstance(value, Tensor):
+                batch.setdefault(name, []).append(value)
+                continue
+            if name not in batch:
+                buffer = buffers.get(name)
+                fits = buffer is not None and buffer.shape[1:] == value.shape and buffer.dtype == value.dtype
+                batch[name] = buffer if fits else pixels_first(size, *value.shape, dtype=value.dtype)
+            if batch[name].shape[1:] != value.shape:
+                one, other = (f"{s[-2]}x{s[-1]}" for s in (batch[name].shape, value.shape))
+                raise ZooError(f"pictures of {one} and {other} are no batch: give an image_size, or batch_size=1")
+            if value.dtype != batch[name].dtype:  # 16-bit grey among 8-bit colour
+                batch[name], value = to_float(batch[name]), to_float(value)
+            batch[name][n] = value
+    return batch
+
+
+def pixels_first(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Empty (..., C, H, W) with the colours of a pixel side by side, as pictures come out of files."""
+    return torch.empty(*shape[:-3], *shape[-2:], shape[-3], dtype=dtype).movedim(-1, -3)
+
+
+def to_float(pixels: Tensor, pin_memory: bool = False) -> Tensor:
+    """A contiguous copy in [0, 1] of pictures in bytes or in floats."""
+    copy = torch.empty(pixels.shape, pin_memory=pin_memory).copy_(pixels)
+    return copy.div_(255) if pixels.dtype == torch.uint8 else copy
+
+
+def _open(suffix: str, data: bytes, upright: bool = False) -> Image.Image:
+    if not data:
+        raise BadSample(f"{suffix!r} is empty (0 bytes)")
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        if upright:
+            ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # for broken files Pillow's decoders raise nearly everything there is
+        raise BadSample(f"{suffix!r} is no whole picture ({str(error) or type(error).__name__})") from None
+    return image
+
+
+def _sixteen_bits(image: Image.Image) -> np.ndarray:
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise BadSample(f"a picture of mode {image.mode} with more than 16 bits has no known range")
+    return values.astype(np.float32) / 65535
+
+
+def _picture(raw: dict, field: str, stems: tuple[str, ...]) -> tuple[str, bytes]:
+    for suffix, data in raw.items():
+        stem, _, kind = suffix.rpartition(".")
+        if stem in stems and (kind in IMAGE_SUFFIXES or suffix == "depth.npz"):
+            return suffix, data
+    raise BadSample(f"no {field!r} among {_content(raw, {})}")
+
+
+def _content(raw: dict, record: dict) -> str:
+    names = [suffix for suffix in raw if not suffix.startswith("__")]
+    return f"its members {', '.join(names)}" + f" (with {', '.join(record)})" * bool(record)

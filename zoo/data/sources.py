@@ -1,0 +1,294 @@
+"""Where samples come from: tar shards, image folders, photographs, the embedded scenes. Nothing is decoded here.
+
+A raw sample is a dictionary of member suffix -> bytes, such as {"jpg": b"...", "json": b"..."}, with its name under
+"__key__" and the shard or folder it came from under "__url__".
+"""
+
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from glob import glob
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from webdataset.gopen import gopen, gopen_schemes
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from zoo.data.tars import members, sample_starts, split_name
+from zoo.errors import ZooError, nearest
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "jp2", "avif")
+
+# The photographs among the files of the scikit-image wheel; its documentation notes them as CC0, public domain or
+# without known restrictions. The last is the left picture of a Middlebury 2014 stereo pair, which has its true
+# disparity beside it.
+PHOTOS = (
+    *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "clock_motion.png", "coffee.png", "coins.png"),
+    *("grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "retina.jpg", "rocket.jpg", "motorcycle_left.png"),
+)
+DISPARITY = {"motorcycle_left.png": "motorcycle_disp.npz"}
+
+
+class BadSample(Exception):
+    """A sample that cannot be used: its name, and why."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Source:
+    """weight: share in a training mix, relative to the other sources; None is by number of samples.
+    depth: what depth members hold: "relative" (high is near, the whole range of the integers is [0, 1]), "distance"
+        (0 is unknown) or "disparity" (not finite is unknown).
+    squash: depth maps are squashed to a square, as AURORA does, instead of scaled and cropped like pictures.
+    """
+
+    weight: float | None = None
+    depth: str = "relative"
+    squash: bool = False
+
+    def __post_init__(self):
+        if self.depth not in (kinds := ("relative", "distance", "disparity")):
+            raise ZooError(f"depth={self.depth!r} is nothing a depth map holds{nearest(str(self.depth), kinds)}")
+        if self.weight is not None and not (isinstance(self.weight, int | float) and self.weight > 0):
+            raise ZooError(f"the weight of a data source must be a positive number, got {self.weight!r}")
+
+
+class Indexed(Source):
+    """A source of known size, `sizes[u]` samples in unit u (a shard, a file), each of them read by its number."""
+
+    sizes: np.ndarray
+
+    def read(self, unit: int, index: int) -> dict:
+        """A raw sample; BadSample if its bytes are not all there."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class Files(Indexed):
+    """One sample a file, named by its path below `root`; `extra` are further members of some of them."""
+
+    root: Path
+    names: list[str]
+    suffix: Callable[[str], str]
+    extra: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        return np.ones(len(self.names), np.int64)
+
+    def read(self, unit: int, index: int) -> dict:
+        name = self.names[unit]
+        try:
+            raw = {
+                suffix: (self.root / file).read_bytes()
+                for suffix, file in {self.suffix(name): name, **self.extra.get(name, {})}.items()
+            }
+        except OSError as error:
+            raise BadSample(str(self.root / name), error.strerror or str(error)) from None
+        return raw | {"__key__": name, "__url__": str(self.root)}
+
+
+@dataclass(eq=False)
+class Tars(Indexed):
+    """Uncompressed tar files on this machine. Their headers are read once; from then on a sample is one read at a known
+    place, so that no position of an epoch is further away than another."""
+
+    paths: list[str]
+
+    @cached_property
+    def starts(self) -> list[np.ndarray]:
+        with ThreadPoolExecutor(8) as pool:  # what takes long is waiting for a network file system
+            starts = pool.map(lambda p: sample_starts(p, os.path.getsize(p), os.path.getmtime(p)), self.paths)
+        return list(starts)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        sizes = np.array([len(starts) for starts in self.starts], np.int64)
+        if not sizes.sum():
+            raise ZooError(f"no samples in {self.paths[0]}" + f" and {len(sizes) - 1} more shards" * (len(sizes) > 1))
+        return sizes
+
+    def read(self, unit: int, index: int) -> dict:
+        path, starts = self.paths[unit], self.starts[unit]
+        file, start = _open(path), int(starts[index])
+        end = int(starts[index + 1]) if index + 1 < len(starts) else os.fstat(file.fileno()).st_size
+        span = os.pread(file.fileno(), end - start, start)  # unlike read, it moves nothing that forked workers share
+        raw = {"__key__": f"byte {start}", "__url__": path}
+        for offset, name, data, size in members(lambda at, n: span[at - start : at - start + n], start, end):
+            key, suffix = (raw["__key__"], None) if name is None else split_name(name)
+            if name is None:
+                raise BadSample(f"{path}: {key}", f"no valid tar header at byte {offset}")
+            if key is None:
+                continue
+            if suffix in raw:
+                raise BadSample(f"{path}: {key}", f"two members {suffix!r}")
+            raw["__key__"], raw[suffix] = key, span[data - start : data - start + size]
+            if len(raw[suffix]) < size:
+                raise BadSample(f"{path}: {key}", f"the file ends inside the member {suffix!r}")
+        if len(raw) == 2:
+            raise BadSample(path, "the file is empty (0 bytes)")
+        return raw
+
+
+@dataclass(eq=False)
+class Streams(Source):
+    """Tar files that can only be read from front to back and have an unknown number of samples: pipes, URLs, compressed
+    files."""
+
+    urls: list[str]
+
+    def stream(self, urls: list[str]) -> Iterator[dict | BadSample]:
+        """Raw samples of those shards in order. Where a shard breaks, a BadSample stands for the rest of it."""
+        for url in urls:
+            broken = []
+            try:
+                yield from group_by_keys(self._members(url, broken))
+            except ValueError as error:  # two members of one name
+                broken.append(error)
+            for error in broken:
+                reason = error.args[0] if error.args else repr(error)
+                yield BadSample(url, f"{reason} (the rest of it is not read)")
+
+    def _members(self, url: str, broken: list[Exception]) -> Iterator[dict]:
+        stream = None
+        try:
+            stream = gopen(url)
+            yield from tar_file_expander([{"url": url, "stream": stream}])
+            while rest := stream.read(1 << 20):
+                if rest.strip(b"\0"):
+                    raise tarfile.ReadError("it goes on behind the end of its tar file, or has a broken header")
+            stream.close()  # where a command that failed says so
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+            broken.append(error)
+        finally:
+            if stream is not None:
+                with suppress(OSError):  # a command whose output is not read to the end fails
+                    stream.close()
+
+
+@lru_cache(maxsize=64)
+def _open(path: str):
+    return open(path, "rb", buffering=0)
+
+
+# --- by name ---------------------------------------------------------------------------------------------------------
+
+
+def shards(urls: str | Sequence[str], weight: float | None = None, depth: str = "relative") -> Source:
+    """webdataset shards: paths with {0000..0099} or *, URLs, `pipe:` commands; a list of them, or "::" between them.
+
+    Uncompressed .tar files on this machine have a known number of samples; anything else needs `samples_per_epoch` for
+    training. So do very many local shards whose headers should not all be read first: `pipe:cat name-{0000..9999}.tar`.
+    """
+    found = [url for pattern in ([urls] if isinstance(urls, str) else urls) for url in _expand(pattern)]
+    if not found:
+        raise ZooError("the list of shards is empty: give at least one path, URL or pipe: command")
+    if all(url.endswith(".tar") and not _scheme(url) for url in found):
+        return Tars(found, weight=weight, depth=depth)
+    return Streams(found, weight=weight, depth=depth)
+
+
+def folder(path: str | Path, modality: str = "image", weight: float | None = None) -> Source:
+    """Every image file below a folder, by name.
+
+    modality="depth" takes them as depth maps: the first channel as it is, high is near, squashed to the size without
+    mixing pixels (the preparation of AURORA's training data).
+    """
+    if modality not in ("image", "depth"):
+        raise ZooError(f"modality={modality!r} of a folder is neither 'image' nor 'depth'")
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise ZooError(f"{root} is {'a file' if root.exists() else 'not there'}: give the path of a folder of images")
+    names = [
+        os.path.relpath(os.path.join(parent, name), root)
+        for parent, _, children in os.walk(root, followlinks=True)
+        for name in children
+        if _suffix(name) in IMAGE_SUFFIXES and not name.startswith(".")
+    ]
+    if not names:
+        raise ZooError(f"no images in or below {root}: looked for {', '.join(IMAGE_SUFFIXES)}")
+    depth = modality == "depth"
+    return Files(root, sorted(names), _depth_suffix if depth else _suffix, weight=weight, squash=depth)
+
+
+def photos(fields: Sequence[str] = ("image",)) -> Source:
+    """The 14 photographs inside the scikit-image wheel, nothing is downloaded. With "depth" among the fields it is the
+    one that has it: the left picture of a stereo pair, with its true disparity (7% of the pixels are unknown)."""
+    root, names = Path(str(files("skimage") / "data")), list(DISPARITY if "depth" in fields else PHOTOS)
+    extra = {name: {"depth.npz": file} for name, file in DISPARITY.items() if "depth" in fields}
+    needed = [*names, *(file for more in extra.values() for file in more.values())]
+    if missing := [name for name in needed if not (root / name).exists()]:
+        raise ZooError(f"the installed scikit-image has no {missing[0]} in {root}: install scikit-image 0.26")
+    return Files(root, names, _suffix, extra, depth="disparity")
+
+
+def scenes(split: str = "train", weight: float | None = None) -> Source:
+    """The rendered scenes that come with the zoo, 64x64: `rgb.webp`, `depth.png` (distance), `json` (caption, ...)."""
+    if split not in ("train", "val"):
+        raise ZooError(f"split={split!r} of the scenes is neither 'train' nor 'val'")
+    root = Path(__file__).with_name("embedded")
+    paths = sorted(map(str, root.glob(f"scenes-{split}-*.tar")))
+    if not paths:
+        raise ZooError(f"no {split} scenes in {root}: make them with `python -m zoo.data.render`")
+    return Tars(paths, weight=weight, depth="distance")
+
+
+def resolve(description) -> list[Source]:
+    """The sources that a configuration means: a source, shard patterns, {urls, weight, depth}, or a list of these."""
+    if isinstance(description, Source):
+        return [description]
+    if isinstance(description, str):
+        return [shards(description)]
+    if isinstance(description, Mapping):
+        if wrong := set(description) - {"urls", "weight", "depth"} or {"urls"} - set(description):
+            raise ZooError(
+                f"a data source is urls, with weight and depth if need be; wrong or missing: {', '.join(wrong)}"
+            )
+        return [shards(**description)]
+    if isinstance(description, Sequence) and description:
+        if all(isinstance(d, str) for d in description):
+            return [shards(description)]
+        sources = [source for d in description for source in resolve(d)]
+        if len({source.weight is None for source in sources}) == 2:
+            raise ZooError("some sources of the mix have a weight and some have none: give one to all or to none")
+        return sources
+    raise ZooError(f"{description!r} is no data source: give shard patterns, {{urls, weight}}, or a list of these")
+
+
+def _suffix(name: str) -> str:
+    return name.rpartition(".")[2].lower()
+
+
+def _depth_suffix(name: str) -> str:
+    return f"depth.{_suffix(name)}"
+
+
+def _scheme(url: str) -> str | None:
+    match = re.match(r"(\w+):", url)
+    return match and match[1]
+
+
+def _expand(pattern: str) -> Iterator[str]:
+    try:
+        urls = expand_urls(pattern)
+    except (AssertionError, ValueError) as error:  # a variable that is not set, braces that do not close
+        raise ZooError(f"cannot expand the shard pattern {pattern!r}: {error}") from None
+    for url in urls:
+        url = re.sub(r"^file:(//)?", "", url)
+        if (scheme := _scheme(url)) is None:
+            url = os.path.expanduser(url)
+            found = sorted(glob(url)) if re.search(r"[*?[]", url) else [url] if os.path.isfile(url) else []
+            if not found:
+                raise ZooError(f"there is no file {url}" + f", one of {pattern!r}" * (url != pattern))
+            yield from found
+        elif scheme not in gopen_schemes:
+            raise ZooError(f"cannot open {url}: give a command that writes it, such as 'pipe:aws s3 cp {url} -'")
+        else:
+            yield url

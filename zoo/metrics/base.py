@@ -1,0 +1,67 @@
+"""What every measure of a reconstruction shares."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from zoo.errors import ZooError
+
+
+class Row(NamedTuple):
+    """A number that a table shows."""
+
+    name: str
+    """In what compute returns, and in the report."""
+    title: str
+    better: str = ""
+    """"higher", "lower", or "" where neither is."""
+    format: str = ".3f"
+
+
+class MissingWeights(ZooError):
+    """A file that a measure stands on is not on this machine; the evaluation goes on without it."""
+
+
+def published_file(url: str) -> Path:
+    """Where torch.hub keeps the file of this address. Raises MissingWeights when it is not there.
+
+    Nothing is downloaded: an evaluation gives the same table with and without a network, and ranks do not race.
+    """
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
+    if not path.is_file():
+        raise MissingWeights(f"the file {path.name} is missing: download {url} into the folder {path.parent}.")
+    return path
+
+
+class PerImage(Metric):
+    """Mean over all images of `scores`, one number per name and image."""
+
+    rows: tuple[Row, ...]
+    """Those numbers that a table shows."""
+    kinds: tuple[str, ...] = ("pixels", "depth")
+    """What a tokenizer has to decode to (TokenizerInfo.decodes_to)."""
+    names: tuple[str, ...] = ()
+    """Of all scores; default: those of the rows."""
+    full_state_update = False
+
+    def __init__(self):
+        super().__init__()
+        self.names = self.names or tuple(row.name for row in self.rows)
+        self.add_state("total", torch.zeros(len(self.names), dtype=torch.float64), "sum")
+        self.add_state("images", torch.zeros((), dtype=torch.float64), "sum")
+
+    def update(self, prediction: Tensor, target: Tensor, keys: Sequence[str] = ()) -> None:
+        """Add a batch: float (B, C, H, W) in [0, 1] each, and the names of the images."""
+        self.total += self.scores(prediction, target).double().sum(0)
+        self.images += len(target)
+
+    def compute(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.total / self.images, strict=True))
+
+    def scores(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """(B, len(names))"""
+        raise NotImplementedError
