@@ -94,7 +94,7 @@ def test_tokens_survive_a_file(tmp_path):
     assert torch.equal(loaded.mask, tokens.mask)
     assert loaded.grid == (2, 3)
     assert loaded.lengths.tolist() == [3]
-    with pytest.raises(ZooError, match="not a file written by Tokens.save"):
+    with pytest.raises(ZooError, match=r"not a file written by Tokens\.save"):
         Tokens.load(__file__)
 
 

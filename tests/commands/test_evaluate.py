@@ -176,7 +176,7 @@ def test_two_ranks_report_what_one_rank_reports(folder, tmp_path):
     torch.manual_seed(0)
     zoo.save_tokenizer(zoo.create_tokenizer("aurora-tiny", **sizes), tmp_path / "tiny.safetensors")
     arguments = [*tiny, f"weights={tmp_path}/tiny.safetensors", "data=folder", f"data.path={folder}/depth"]
-    arguments += ["data.modality=depth", "data.num_workers=0", "data.image_size=16", "batch_size=2", "device=cpu"]
+    arguments += ["data.num_workers=0", "data.image_size=16", "batch_size=2", "device=cpu"]
     arguments += ["limit=7", "~metrics.auto.depth.fd"]
     command = [sys.executable, "evaluate.py", *arguments, "devices=2", f"output_dir={tmp_path}/2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+import zoo
 from zoo.metrics.base import MissingWeights
 from zoo.metrics.depth import DEPTH_ERRORS, DepthErrors, depth_errors
-from zoo.metrics.frechet import FrechetDistance
+from zoo.metrics.frechet import Encoder, FrechetDistance
 from zoo.metrics.lpips import LPIPS
 from zoo.metrics.psnr import PSNR
 from zoo.metrics.ssim import SSIM
@@ -95,6 +96,26 @@ def test_frechet_distance_of_two_gaussians(frechet):
     (distance,) = frechet.compute().values()
     # |m|^2 + tr(S + T - 2 (S T)^(1/2)) with m = (3, 3) and T = 4 S, whose diagonal is 1: 18 + tr(S)
     assert distance.item() == pytest.approx(18 + 2, rel=1e-9)
+
+
+class Rows(zoo.Tokenizer):
+    """The mean grey of each of four rows in two steps; the last is not live."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.scale = torch.nn.Parameter(torch.tensor(1.0))
+        kind = {"kind": "discrete", "streams": ("image",), "codebook_sizes": {"image": 2}, "max_tokens": 4}
+        self.info = zoo.TokenizerInfo("test", "", image_size=4, size_multiple=None, channels=1, **kind)
+
+    def _encode(self, images):
+        ids = images.mean((1, 3)).round().long()
+        return zoo.Tokens({"image": ids}, mask=torch.tensor([True, True, True, False]).expand(len(ids), -1))
+
+
+def test_the_features_of_a_tokenizer_with_ids_only_are_the_shares_of_its_live_codes(monkeypatch):
+    monkeypatch.setattr("zoo.metrics.frechet.load_tokenizer", lambda name: Rows())
+    image = torch.tensor([0.0, 1.0, 1.0, 1.0]).view(1, 1, 4, 1).expand(-1, 3, -1, 4)
+    assert torch.allclose(Encoder("rows")(image), torch.tensor([[1 / 3, 2 / 3]]))
 
 
 def test_a_frechet_distance_on_other_features_is_not_called_fid(frechet):

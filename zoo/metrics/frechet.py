@@ -10,6 +10,9 @@ from zoo.metrics.base import Row, published_file
 from zoo.registry import load_tokenizer
 from zoo.tokenizer import Tokenizer
 
+LARGEST = 4096
+"""Features beyond which a covariance takes gigabytes."""
+
 
 class Inception(nn.Module):
     """The network of FID: float images in [0, 1] to (B, 2048), resized and quantised as FID always was."""
@@ -28,17 +31,19 @@ class Inception(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A tokenizer of the zoo as extractor: images in [0, 1] to (B, D), the mean of its features over positions.
+    """A tokenizer of the zoo as extractor: float images in [0, 1] to (B, D).
 
-    Images are resized to the size it was made for, and turned to grey or repeated to its number of channels.
+    Its features averaged over positions; of a tokenizer without features the average of its latents, or the share of
+    each of its codes. Images are resized to the size it was made for, and turned to grey or repeated to its channels.
     """
 
     def __init__(self, name: str):
         super().__init__()
         self.tokenizer = load_tokenizer(name)
         info = self.tokenizer.info
-        if info.kind == "discrete" and type(self.tokenizer)._features is Tokenizer._features:
-            raise ZooError(f"{name} has ids and no features to take a Frechet distance on; name another encoder.")
+        self.has_features = type(self.tokenizer)._features is not Tokenizer._features
+        if not self.has_features and sum(info.codebook_sizes.values()) > LARGEST:
+            raise ZooError(f"{name} has too many codes to take a Frechet distance on, over {LARGEST}; name another.")
         self.num_features = self(torch.zeros(1, info.channels, info.image_size, info.image_size)).shape[1]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -46,11 +51,16 @@ class Encoder(nn.Module):
         images = interpolate(images, (info.image_size,) * 2, mode="bicubic", antialias=True).clamp(0, 1)
         if info.channels != images.shape[1]:
             images = images.mean(1, keepdim=True).expand(-1, info.channels, -1, -1)
-        if type(self.tokenizer)._features is not Tokenizer._features:
+        if self.has_features:
             return self.tokenizer.features(images).float().mean(1)
         tokens = self.tokenizer.encode(images)
-        latents = torch.cat([tokens.latents[name] for name in info.streams], dim=2).float()
-        return (latents * tokens.mask[..., None]).sum(1) / tokens.lengths.clamp(min=1)[:, None]
+        live = tokens.mask / tokens.lengths.clamp(min=1)[:, None]  # weights of an average over live tokens
+        averages = [(tokens.latents[name].float() * live[..., None]).sum(1) for name in info.latent_dims]
+        for name, size in info.codebook_sizes.items():
+            ids = tokens.ids[name].reshape(*live.shape, -1)
+            shares = live[..., None].expand(ids.shape) / ids.shape[2]
+            averages.append(shares.new_zeros(len(ids), size).scatter_add(1, ids.flatten(1), shares.flatten(1)))
+        return torch.cat(averages, 1)
 
 
 @functools.cache

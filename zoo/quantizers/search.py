@@ -13,58 +13,67 @@ from zoo.errors import ZooError
 
 @torch.no_grad()
 def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the code with the smallest squared Euclidean distance: the lowest index where several are equal.
+    """Index of the code with the smallest squared Euclidean distance; the lowest index where several are equal.
 
-    The matrix of all distances is never held: products of a block of codes with a block of vectors are reduced to the
-    minimum of each group of neighbouring codes, and the distances to the best groups are computed again in float64.
-    So an id does not depend on how many vectors are searched together, whose products may differ in the last bits.
+    Products of a block of vectors with a chunk of codes are reduced to the minimum of each group of codes while they
+    are in the cache; the matrix of all distances is never held. A product's last bits depend on how many rows are
+    multiplied at once, so its two best groups are computed again in float64: an id does not depend on the batch.
     Search of unit vectors: normalise both arguments.
 
     Args:
-        vectors: (..., D) of any floating dtype; searched in float32 whatever the autocast.
-        codebook: (K, D).
+        vectors: (..., D) of any floating dtype; searched in float32 whatever the autocast or TF32 setting.
+        codebook: (K, D). Codes that are not finite are never chosen.
 
     Returns:
-        (...) int64 in 0..K-1. A vector that is not finite gets a code of no meaning.
+        (...) int64 in 0..K-1, without gradient; 0 for vectors that are not finite.
+
+    Raises:
+        ZooError: the codebook is empty or no matrix, or the widths differ.
     """
-    if vectors.shape[-1] != codebook.shape[-1]:
-        raise ZooError(f"vectors of width {vectors.shape[-1]} cannot be searched in codes of {codebook.shape[-1]}.")
-    num_codes, dim = codebook.shape
-    # On a CPU a block of products stays in the cache until it is reduced.
-    rows, codes = (512, 1024) if vectors.device.type == "cpu" else (4096, 16384)
-    size = math.gcd(num_codes, 8)  # codes of a group
+    if codebook.ndim != 2 or vectors.ndim == 0 or not len(codebook) or vectors.shape[-1] != codebook.shape[1]:
+        raise ZooError(
+            f"a search takes vectors (..., D) and a codebook (K, D) with K >= 1 of the same width, "
+            f"got {tuple(vectors.shape)} and {tuple(codebook.shape)}."
+        )
+    (num_codes, dim), device = codebook.shape, vectors.device
+    rows, chunk = (512, 1024) if device.type == "cpu" else (2048, 8192)
+    group = 1 if num_codes <= 1024 else 8
+    chunk = min(chunk, math.ceil(num_codes / group) * group)
+    starts = range(0, num_codes, chunk)
+
     flat = vectors.reshape(-1, dim)
-    codebook = codebook.float()
-    half = codebook.square().sum(1, keepdim=True) / 2
-    ids = torch.empty(len(flat), dtype=torch.int64, device=flat.device)
-    product = torch.empty(min(codes, num_codes), min(rows, len(flat)), device=flat.device)
-    minima = torch.empty(num_codes // size, product.shape[1], device=flat.device)
-    groups = torch.arange(num_codes // size, dtype=torch.int32, device=flat.device)[:, None]
-    with _full_float32(flat.device.type):
-        for block, out in zip(flat.split(rows), ids.split(rows), strict=True):
+    ids = torch.empty(len(flat), dtype=torch.int64, device=device)
+    half = torch.linalg.vector_norm(codebook, dim=1, keepdim=True, dtype=torch.float32).square() / 2
+    half.nan_to_num_(nan=math.inf, posinf=math.inf)
+    products = torch.empty(chunk, min(rows, len(flat)), device=device)
+    minima = torch.empty(len(starts), chunk // group, products.shape[1], device=device)
+
+    with _full_float32(device.type):
+        for block, found in zip(flat.split(rows), ids.split(rows), strict=True):
             z = block.float()
-            n = len(z)
-            if n < minima.shape[1]:
-                product, minima = product.new_empty(len(product), n), minima.new_empty(len(minima), n)
             columns = z.T.contiguous()
-            for start in range(0, num_codes, codes):
-                part = codebook[start : start + codes]
-                # |e|^2 / 2 - e.z orders codes as |e - z|^2 does
-                torch.addmm(half[start : start + codes], part, columns, alpha=-1, out=product[: len(part)])
-                found = minima[start // size : (start + len(part)) // size]
-                torch.amin(product[: len(part)].view(-1, size, n), 1, out=found)
-            best = minima.amin(0)
-            # Twice the rounding error of a product, from the lengths of the vector and of codes as near as the best
-            length = z.square().sum(1)
-            reach = length.sqrt() + (length + 2 * best).clamp(min=0).sqrt()
-            error = 2 * (dim + 8) * 2.0**-24 * (length.sqrt() * reach + reach.square() / 2)
-            last = groups[-1]
-            first = torch.where(minima <= best, groups, last).amin(0)
-            lowest = torch.where(minima <= best + error, groups, last).amin(0)
-            near = torch.stack([torch.minimum(first, lowest), first], 1).long()
-            candidates = (near[..., None] * size + torch.arange(size, device=flat.device)).flatten(1)
-            exact = (codebook[candidates].double() - z[:, None]).square_().sum(-1)
-            torch.gather(candidates, 1, exact.argmin(1, keepdim=True), out=out[:, None])
+            scores, out = minima[..., : len(z)], products[:, : len(z)]
+            for start, least in zip(starts, scores, strict=True):
+                codes = codebook[start : start + chunk].float().nan_to_num(0, 0, 0)
+                # |e|^2 / 2 - e.z orders codes as |e - z|^2 does, without the rounding of |z|^2
+                torch.addmm(half[start : start + chunk], codes, columns, alpha=-1, out=out[: len(codes)])
+                out[len(codes) :] = math.inf
+                torch.amin(out.view(len(least), group, len(z)), 1, out=least)
+
+            # two chunks, then two of their groups, then the one code
+            of_chunks = scores.amin(1)
+            limit = of_chunks.amin(0) + _rounding(z, of_chunks.amin(0))
+            chunks = _two_best(of_chunks, limit)
+            of_groups = scores.gather(0, chunks[:, None].expand(-1, scores.shape[1], -1))
+            of_groups[1].masked_fill_(chunks[0] == chunks[1], math.inf)
+            groups = _two_best(of_groups.flatten(0, 1), limit)
+            groups = chunks.gather(0, groups // scores.shape[1]) * scores.shape[1] + groups % scores.shape[1]
+            candidates = (groups.T[..., None] * group + torch.arange(group, device=device)).flatten(1)
+            candidates.clamp_(max=num_codes - 1)
+            exact = codebook[candidates].double().sub_(z[:, None]).square_().sum(-1)
+            exact.nan_to_num_(nan=math.inf, posinf=math.inf)
+            best = candidates.gather(1, exact.argmin(1, keepdim=True))[:, 0]
+            found.copy_(best.where(z.isfinite().all(1), 0))
     return ids.view(vectors.shape[:-1])
 
 
@@ -74,14 +83,36 @@ def squared_distances(vectors: Tensor, codebook: Tensor) -> Tensor:
     return z.square().sum(1, keepdim=True) + e.square().sum(1) - 2 * z @ e.T
 
 
+def _rounding(z: Tensor, best: Tensor) -> Tensor:
+    """Bound on how far rounding moves the difference of two scores that are as good as the best, (N, D), (N,) -> (N,).
+
+    Such codes are no longer than |z| + sqrt(|z|^2 + 2 best), so that a huge code elsewhere does not matter.
+    """
+    length = torch.linalg.vector_norm(z, dim=1)
+    reach = length + (length.square() + 2 * best).clamp(min=0).sqrt()
+    return 2 * (z.shape[1] + 8) * 2.0**-24 * (length * reach + reach.square() / 2)
+
+
+def _two_best(scores: Tensor, limit: Tensor) -> Tensor:
+    """(C, N), (N,) -> (2, N) in ascending order: the index of the minimum and the first other index within the limit.
+
+    The first, not the second smallest: among many equal codes the lowest index has to be there.
+    """
+    best = scores.argmin(0)
+    near = (scores <= limit).scatter_(0, best[None], False)
+    return torch.stack([best, near.to(torch.uint8).argmax(0)]).sort(0).values
+
+
 @contextmanager
 def _full_float32(device: str):
     """Products in float32 proper, without autocast and without TF32."""
-    switch = torch.backends.cuda.matmul
-    before = switch.fp32_precision
-    switch.fp32_precision = "ieee"
+    switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [switch.fp32_precision for switch in switches]
     try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
         with torch.autocast(device, enabled=False):
             yield
     finally:
-        switch.fp32_precision = before
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zlib
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from vectors import Vectors, uniform
 
 from zoo import weights
+from zoo.data.images import Decoder
 from zoo.losses import reconstruction_loss
+from zoo.metrics.depth import depth_errors
 from zoo.quantizers import squared_distances
 from zoo.tokenizers.aurora import published
 from zoo.tokenizers.aurora.curriculum import CurriculumSampler
-from zoo.tokenizers.aurora.language import DepthConstraint, boxes_to_text, depth_to_text
-from zoo.tokenizers.aurora.tokenizer import AuroraTokenizer
+from zoo.tokenizers.aurora.language import (
+    DepthConstraint,
+    aurora_vocabulary,
+    boxes_to_text,
+    depth_to_text,
+    text_to_boxes,
+)
+from zoo.tokenizers.aurora.tokenizer import AuroraConfig, AuroraTokenizer
 from zoo.tokenizers.aurora.training import aurora_losses
 
 
@@ -124,8 +134,6 @@ def soft(vectors: Vectors, about: dict) -> dict[str, Tensor]:
 
 
 def criterion(vectors: Vectors, about: dict) -> dict[str, Tensor]:
-    from zoo.metrics.depth import depth_errors
-
     pred, target = vectors.input("criterion", "pred"), vectors.input("criterion", "target")
     errors = depth_errors(pred.abs() + 0.1, target.abs() + 0.2)
     order = ("d1", "d2", "d3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
@@ -161,17 +169,18 @@ def curriculum(vectors: Vectors, about: dict) -> dict:
 
 
 def prep(vectors: Vectors, about: dict) -> dict[str, Tensor]:
-    from zoo.data.images import squash
-
-    gray = vectors.input("prep", "gray")
-    values = squash(gray[None], about["size"]) / 255
-    return {"preprocessed": (values - 0.5) / 0.5}
+    """A PNG of a depth folder, as the data set reads it and the published tokenizer scales it."""
+    file = io.BytesIO()
+    Image.fromarray(vectors.input("prep", "gray").numpy()).save(file, "PNG")
+    raw = {"__key__": "map", "depth.png": file.getvalue()}
+    depth = Decoder(["depth"], about["size"])(raw, "relative", squash=True)["depth"]
+    return {"preprocessed": AuroraTokenizer(AuroraConfig()).to_values(depth)}
 
 
 def lm(vectors: Vectors, about: dict) -> dict[str, Tensor]:
     """Greedy decoding over logits that are a function of the step."""
     words = vectors.inputs["lm/logits"]
-    constraint = DepthConstraint(32000, 32001, range(32002, 32130), prompt_length=0)
+    constraint = DepthConstraint(aurora_vocabulary(depth=True, pixels=True), prompt_length=0)
     ids = torch.zeros(1, 0, dtype=torch.int64)
     for step in range(words["max_new"]):
         logits = torch.from_numpy(uniform(f"{words['key']}/{step}", (words["vocab"],))).float()
@@ -189,7 +198,7 @@ def text(vectors: Vectors, about: dict) -> dict:
     for name, expected in about["expected"].items():
         if name.startswith("ids_"):
             vocabulary = aurora_vocabulary(depth=name != "ids_pixel_only", pixels=name != "ids_depth_only")
-            answers[name] = {w: len(vocabulary) if w == "vocab" else vocabulary.word_id(w) for w in expected}
+            answers[name] = {w: len(vocabulary) if w == "vocab" else vocabulary.id_of(w) for w in expected}
     boxes = about["expected"]["boxes_xyxy"]
     return answers | {"boxes_xyxy": text_to_boxes(boxes_to_text(boxes)).tolist(), "box_lines": boxes_to_text(boxes)}
 

@@ -5,6 +5,9 @@ import zoo
 from zoo import ZooError
 from zoo.tokenizers.aurora import language as lang
 
+SMALL = lang.aurora_vocabulary(text_size=10, num_codes=6)
+"""Text 0..9, start 10, end 11, codes 12..17."""
+
 
 def test_a_map_survives_its_words_and_blanks_between_them():
     ids = torch.arange(100)
@@ -56,7 +59,7 @@ def test_generation_writes_whole_maps_once_in_every_row(settings):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes, eos_token_id=19, pad_token_id=19)).eval()
     prompt = torch.tensor([[3, 10, 12, 11, 4], [19, 3, 5, 1, 2]])  # a map in the prompt does not count
-    constraint = lang.DepthConstraint(10, 11, range(12, 18), prompt_length=prompt.shape[1], length=4)
+    constraint = lang.DepthConstraint(SMALL, prompt_length=prompt.shape[1], length=4)
 
     def begin(input_ids, scores):  # a model that wants to draw
         scores = scores.clone()
@@ -74,7 +77,7 @@ def test_generation_writes_whole_maps_once_in_every_row(settings):
 
 
 def test_a_model_without_the_words_is_refused():
-    constraint = lang.DepthConstraint(10, 11, range(12, 18), prompt_length=0)
+    constraint = lang.DepthConstraint(SMALL, prompt_length=0)
     with pytest.raises(ZooError, match="extend its embedding"):
         constraint(torch.zeros(1, 0).long(), torch.zeros(1, 12))
 

@@ -11,11 +11,27 @@ from torch import Tensor
 
 from zoo.errors import ZooError
 from zoo.tokenizers.aurora.tokenizer import AuroraTokenizer
+from zoo.vocabulary import Stream, Vocabulary
 
 DEPTH_START, DEPTH_END, DEPTH_WORD = "<DEPTH_START>", "<DEPTH_END>", "<DEPTH_{}>"
 PIXEL_WORD = "<PIXEL_{}>"
 PHOTO_SIDE = 336
 """Photos are squashed to this many pixels a side before boxes and markers are written down."""
+
+
+def aurora_vocabulary(
+    text_size: int = 32000, depth: bool = True, pixels: bool = False, num_codes: int = 128
+) -> Vocabulary:
+    """The words that AURORA adds to LLaMA's 32,000: for depth first, then for pixel coordinates.
+
+    The authors train a model for each, with its own words only.
+    """
+    streams = []
+    if depth:
+        streams.append(Stream("depth", num_codes, DEPTH_WORD, begin=DEPTH_START, end=DEPTH_END))
+    if pixels:
+        streams.append(Stream("pixel", PHOTO_SIDE, PIXEL_WORD))
+    return Vocabulary(text_size, streams)
 
 
 def depth_to_text(ids: Tensor | Sequence[int]) -> str:
@@ -90,14 +106,14 @@ class DepthConstraint:
     authors' replacement of transformers' generation module gives; sampling and beams work as well.
 
     Args:
-        start, end: ids of <DEPTH_START> and <DEPTH_END>.
-        codes: ids of the code words, a contiguous range.
+        vocabulary: one with the stream "depth".
         prompt_length: words of the (left-padded) prompt, in which maps are not counted.
         length: codes of a map.
     """
 
-    def __init__(self, start: int, end: int, codes: range, prompt_length: int, length: int = 100):
-        self.start, self.end, self.codes = start, end, codes
+    def __init__(self, vocabulary: Vocabulary, prompt_length: int, length: int = 100):
+        self.codes = vocabulary.code_ids("depth")
+        self.start, self.end = vocabulary.id_of(DEPTH_START), vocabulary.id_of(DEPTH_END)
         self.prompt_length, self.length = prompt_length, length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -105,7 +121,7 @@ class DepthConstraint:
         if scores.shape[1] <= max(self.end, self.start, self.codes[-1]):
             raise ZooError(
                 f"the model has {scores.shape[1]} words and the depth words end at {max(self.end, self.codes[-1])}; "
-                "extend its embedding first (zoo.vocabulary)."
+                "extend its embedding first (Vocabulary.extend_embedding)."
             )
         written = input_ids[:, self.prompt_length :]
         starts = written == self.start

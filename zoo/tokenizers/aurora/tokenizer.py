@@ -247,10 +247,10 @@ PRESETS = {
         AuroraConfig(
             image_size=64,
             downsample=8,
-            hidden_dim=32,
+            hidden_dim=16,
             codebook_dim=64,
             codebook_init="data",
-            restart_below=0.05,
+            restart_below=1.0,
         ),
         "small depth tokenizer trained on the embedded scenes: 64 x 64, 64 words of 128",
         Weights("aurora-tiny.safetensors"),

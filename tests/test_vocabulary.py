@@ -1,0 +1,101 @@
+import pytest
+import torch
+
+from zoo import Tokens, ZooError
+from zoo.vocabulary import Stream, Vocabulary
+
+DEPTH = Stream("depth", 5, "<D_{}>", begin="<D>", end="</D>")
+RESIDUAL = Stream("pixel", 4, "<P_{:02d}>", levels=3, begin="<P>", end="</P>", marks_first=False)
+
+
+@pytest.fixture
+def vocabulary():
+    return Vocabulary(10, [DEPTH, RESIDUAL])
+
+
+def test_words_get_contiguous_ids_in_order(vocabulary):
+    assert len(vocabulary) == 10 + 7 + 14
+    assert [vocabulary.id_of(w) for w in ("<D>", "</D>", "<D_0>", "<D_4>")] == [10, 11, 12, 16]
+    assert [vocabulary.id_of(w) for w in ("<P_00>", "<P_11>", "<P>", "</P>")] == [17, 28, 29, 30]
+    assert all(vocabulary.id_of(vocabulary.word_of(i)) == i for i in range(10, 31))
+
+
+def test_codes_become_ids_and_come_back(vocabulary):
+    codes = torch.tensor([[0, 4, 2]])
+    assert vocabulary.to_ids("depth", codes).tolist() == [[12, 16, 14]]
+    assert torch.equal(vocabulary.to_codes("depth", vocabulary.to_ids("depth", codes)), codes)
+    levels = torch.tensor([[[0, 1, 3], [3, 0, 0]]])
+    assert vocabulary.to_ids("pixel", levels).tolist() == [[[17, 22, 28], [20, 21, 25]]]
+    assert torch.equal(vocabulary.to_codes("pixel", vocabulary.to_ids("pixel", levels)), levels)
+    assert vocabulary.stream_of(torch.tensor([3, 10, 12, 17, 29])).tolist() == [-1, -1, 0, 1, -1]
+
+
+def test_text_and_images_join_and_split_again(vocabulary):
+    image = Tokens(
+        ids={"depth": torch.tensor([[1, 2, 3]]), "pixel": torch.tensor([[[0, 1, 2], [3, 3, 3], [1, 1, 1]]])},
+        mask=torch.tensor([[True, False, True]]),
+    )
+    ids = vocabulary.join([[1, 2], image, torch.tensor([3])])
+    assert ids.tolist() == [1, 2, 10, 13, 15, 11, 29, 17, 22, 27, 18, 22, 26, 30, 3]
+    pieces = vocabulary.split(ids)
+    assert [name for name, _ in pieces] == ["text", "depth", "pixel", "text"]
+    assert pieces[1][1].tolist() == [1, 3]
+    assert pieces[2][1].tolist() == [[0, 1, 2], [1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        (lambda v: v.to_ids("depth", torch.tensor([5])), r"0\.\.4, got 5 to 5"),
+        (lambda v: v.to_ids("depth", torch.tensor([0.5])), "must be integers"),
+        (lambda v: v.to_ids("dept", torch.tensor([0])), "did you mean depth"),
+        (lambda v: v.to_ids("pixel", torch.zeros(1, 2).long()), "3 levels last"),
+        (lambda v: v.to_codes("depth", torch.tensor([11])), r"12\.\.16"),
+        (lambda v: v.to_codes("pixel", torch.tensor([[17, 17, 17]])), "range of its level"),
+        (lambda v: v.split([31]), r"0\.\.30"),
+        (lambda v: v.split([17, 21]), "no whole number of positions"),
+        (lambda v: v.join([[10]]), "ids of text"),
+        (lambda v: v.join([Tokens(ids={"other": torch.zeros(1, 1).long()})]), "stream of"),
+        (lambda v: v.id_of("<D_5>"), "did you mean"),
+        (lambda v: v.word_of(9), "no added word"),
+        (lambda v: Vocabulary(10, [DEPTH, DEPTH]), "come twice"),
+    ],
+)
+def test_what_does_not_belong_is_refused(vocabulary, call, complaint):
+    with pytest.raises(ZooError, match=complaint):
+        call(vocabulary)
+
+
+def text_tokenizer(size=10):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+
+
+def test_a_text_tokenizer_reads_and_writes_the_words(vocabulary):
+    tokenizer = text_tokenizer()
+    vocabulary.extend_tokenizer(tokenizer)
+    ids = tokenizer("w1 <D><D_3><D_0></D> w2", add_special_tokens=False)["input_ids"]
+    assert ids == [1, 10, 15, 12, 11, 2]
+    assert "<D_3>" in tokenizer.decode(ids, skip_special_tokens=True)
+    with pytest.raises(ZooError, match="10 words, got 31"):
+        vocabulary.extend_tokenizer(tokenizer)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_language_model_gets_rows_for_the_words_and_keeps_its_own(vocabulary, tied):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=10, tie_word_embeddings=tied, **sizes))
+    before = model.get_input_embeddings().weight.clone()
+    vocabulary.extend_embedding(model)
+    after = model.get_input_embeddings().weight
+    assert torch.equal(after[:10], before)
+    assert 0 < after[10:].abs().max() < 0.2
+    assert model(torch.arange(31)[None]).logits.shape == (1, 31, 31)
+    with pytest.raises(ZooError, match="got one of 31"):
+        Vocabulary(10, [DEPTH]).extend_embedding(model)

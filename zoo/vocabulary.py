@@ -1,0 +1,192 @@
+"""One id space for the words of a language model and the codes of any number of visual streams."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zoo.errors import ZooError, nearest
+from zoo.tokenizer import Tokens
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The words of one visual stream, a contiguous range of ids.
+
+    name: as in Tokens.ids; size: codes of its codebook; word: template of a code's word, such as "<DEPTH_{}>" or
+    "<img_{:05d}>". levels: ids per position of a residual stream; each level has a range of `size` words of its own,
+    and its word numbers go on from the level before. begin, end: words around an image, or None. marks_first: begin
+    and end come before the codes (AURORA) or after them (SEED).
+    """
+
+    name: str
+    size: int
+    word: str
+    levels: int = 1
+    begin: str | None = None
+    end: str | None = None
+    marks_first: bool = True
+
+    def words(self) -> list[str]:
+        marks = [mark for mark in (self.begin, self.end) if mark]
+        codes = [self.word.format(i) for i in range(self.size * self.levels)]
+        return marks + codes if self.marks_first else codes + marks
+
+
+class Vocabulary:
+    """Text words 0..text_size-1, then the words of each stream in order.
+
+    Raises ZooError when two words are the same.
+    """
+
+    def __init__(self, text_size: int, streams: Sequence[Stream]):
+        self.text_size, self.streams = text_size, {stream.name: stream for stream in streams}
+        self.words = [word for stream in streams for word in stream.words()]
+        """Every added word, in the order of the ids from text_size on."""
+        self._ids = {word: text_size + i for i, word in enumerate(self.words)}
+        if len(self._ids) < len(self.words) or len(self.streams) < len(streams):
+            twice = sorted({w for w in self.words if self.words.count(w) > 1} or {s.name for s in streams})
+            raise ZooError(f"words and streams of a vocabulary must differ; these come twice: {', '.join(twice[:10])}.")
+
+    def __len__(self) -> int:
+        return self.text_size + len(self.words)
+
+    def id_of(self, word: str) -> int:
+        """The id of an added word."""
+        if word not in self._ids:
+            close = nearest(word, self.words) if len(self.words) < 1000 else f"; words are such as {self.words[-1]}."
+            raise ZooError(f"'{word}' is no added word of this vocabulary{close}")
+        return self._ids[word]
+
+    def word_of(self, index: int) -> str:
+        """The added word of an id."""
+        if not self.text_size <= index < len(self):
+            raise ZooError(f"id {index} is no added word; those are {self.text_size}..{len(self) - 1}.")
+        return self.words[index - self.text_size]
+
+    def code_ids(self, stream: str) -> range:
+        """The ids of a stream's codes, all levels."""
+        chosen = self._stream(stream)
+        start = self._ids[chosen.word.format(0)]
+        return range(start, start + chosen.size * chosen.levels)
+
+    def to_ids(self, stream: str, codes: Tensor) -> Tensor:
+        """Codes to ids of the same shape, int64: (...), or (..., levels) for a residual stream."""
+        chosen, start = self._stream(stream), self.code_ids(stream).start
+        self._expect(codes, 0, chosen.size, f"codes of stream '{stream}'")
+        if chosen.levels == 1:
+            return codes + start
+        if codes.shape[-1] != chosen.levels:
+            raise ZooError(f"codes of '{stream}' have {chosen.levels} levels last, got shape {tuple(codes.shape)}.")
+        return codes + start + chosen.size * torch.arange(chosen.levels, device=codes.device)
+
+    def to_codes(self, stream: str, ids: Tensor) -> Tensor:
+        """The inverse of to_ids. Raises ZooError when an id is not of this stream, or of another level."""
+        chosen, found = self._stream(stream), self.code_ids(stream)
+        self._expect(ids, found.start, found.stop, f"ids of stream '{stream}'")
+        codes = ids - found.start
+        if chosen.levels > 1:
+            codes = codes - chosen.size * torch.arange(chosen.levels, device=ids.device)
+            self._expect(codes, 0, chosen.size, f"codes of '{stream}', each id in the range of its level,")
+        return codes
+
+    def stream_of(self, ids: Tensor) -> Tensor:
+        """Index of the stream (in order) whose code each id is; -1 for text and for begin and end words."""
+        streams = torch.full_like(ids, -1)
+        for index, name in enumerate(self.streams):
+            found = self.code_ids(name)
+            streams[(ids >= found.start) & (ids < found.stop)] = index
+        return streams
+
+    def join(self, pieces: Sequence[Tensor | Sequence[int] | Tokens]) -> Tensor:
+        """Text (ids) and images (Tokens of one image each) to one sequence of ids (T,), int64.
+
+        An image is, for each stream of the vocabulary that it has: begin word, the codes of its live tokens position
+        by position (and level by level within one), end word.
+        """
+        parts = []
+        for piece in pieces:
+            if not isinstance(piece, Tokens):
+                text = torch.as_tensor(piece, dtype=torch.int64)
+                self._expect(text, 0, self.text_size, "ids of text")
+                parts.append(text)
+                continue
+            if len(piece) != 1 or not piece.ids.keys() & self.streams.keys():
+                raise ZooError(
+                    f"an image in a sequence is Tokens of one image with a stream of {sorted(self.streams)}, "
+                    f"got {len(piece)} images with {sorted(piece.ids)}."
+                )
+            for name, stream in self.streams.items():
+                if name in piece.ids:
+                    live = self.to_ids(name, piece.ids[name].cpu()[0][piece.mask.cpu()[0]]).flatten()
+                    marks = [[self._ids[mark]] if mark else [] for mark in (stream.begin, stream.end)]
+                    parts += [
+                        torch.tensor(marks[0], dtype=torch.int64),
+                        live,
+                        torch.tensor(marks[1], dtype=torch.int64),
+                    ]
+        return torch.cat(parts)
+
+    def split(self, ids: Tensor | Sequence[int]) -> list[tuple[str, Tensor]]:
+        """A sequence (T,) to its pieces in order: ("text", ids (n,)) or (stream, codes (n,) or (n, levels)).
+
+        Begin and end words are dropped. Raises ZooError for an id beyond the vocabulary or a cut-off position.
+        """
+        ids = torch.as_tensor(ids, dtype=torch.int64)
+        self._expect(ids, 0, len(self), "ids of this vocabulary")
+        owners = self.stream_of(ids)
+        owners[(owners < 0) & (ids >= self.text_size)] = -2  # begin and end words
+        changes = (owners.diff() != 0).nonzero().flatten() + 1
+        names, pieces = list(self.streams), []
+        for part, owner in zip(ids.tensor_split(changes), owners.tensor_split(changes), strict=True):
+            if not len(part) or owner[0] == -2:
+                continue
+            if owner[0] == -1:
+                pieces.append(("text", part))
+                continue
+            name = names[owner[0]]
+            levels = self.streams[name].levels
+            if len(part) % levels:
+                raise ZooError(f"{len(part)} ids of '{name}' are no whole number of positions of {levels} levels.")
+            pieces.append((name, self.to_codes(name, part.unflatten(0, (-1, levels)) if levels > 1 else part)))
+        return pieces
+
+    def extend_tokenizer(self, tokenizer) -> None:
+        """Add all words to a transformers tokenizer, as ordinary added tokens that decoding keeps.
+
+        Raises ZooError when it has another number of words than text_size, or would give a word another id.
+        """
+        if len(tokenizer) != self.text_size:
+            raise ZooError(f"the vocabulary is for a text tokenizer of {self.text_size} words, got {len(tokenizer)}.")
+        tokenizer.add_tokens(self.words)
+        wrong = [word for word in self.words if tokenizer.convert_tokens_to_ids(word) != self._ids[word]]
+        if wrong:
+            raise ZooError(f"the text tokenizer already had some of the words: {', '.join(wrong[:10])}.")
+
+    def extend_embedding(self, model: nn.Module, std: float = 0.02) -> None:
+        """Resize a transformers LM's embeddings; new rows are normal(0, std), as LLaMA's are.
+
+        Raises ZooError when the model has fewer rows than text words, or more than the whole vocabulary.
+        """
+        rows = model.get_input_embeddings().weight.shape[0]
+        if not self.text_size <= rows <= len(self):
+            raise ZooError(f"a model of {self.text_size} to {len(self)} words can be extended, got one of {rows}.")
+        model.resize_token_embeddings(len(self), mean_resizing=False)
+        for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+            with torch.no_grad():
+                layer.weight[self.text_size :].normal_(0, std)
+
+    def _stream(self, name: str) -> Stream:
+        if name not in self.streams:
+            raise ZooError(f"the vocabulary has no stream '{name}'{nearest(name, self.streams)}")
+        return self.streams[name]
+
+    @staticmethod
+    def _expect(values: Tensor, low: int, high: int, what: str) -> None:
+        if values.is_floating_point():
+            raise ZooError(f"{what} must be integers, got {values.dtype}.")
+        if values.numel() and not (low <= values.min() and values.max() < high):
+            raise ZooError(f"{what} must be in {low}..{high - 1}, got {values.min()} to {values.max()}.")
