@@ -1,4 +1,4 @@
-"""Sums over ranks, for everything that a rank computes from its own batch. Without torch.distributed: the identity."""
+"""What ranks have to agree on. Without torch.distributed every function here is the identity."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def sum_over_ranks(*tensors: Tensor) -> list[Tensor]:
     """Each tensor summed over all ranks, in one collective for all of them; they share a dtype. No gradient."""
     if world_size() == 1:
@@ -21,10 +25,21 @@ def sum_over_ranks(*tensors: Tensor) -> list[Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def gather_rows(tensor: Tensor) -> Tensor:
-    """(M, ...) of every rank, in the order of the ranks: (ranks * M, ...). M is the same everywhere. No gradient."""
+def from_first_rank(tensor: Tensor) -> Tensor:
+    """The tensor of rank 0, on every rank. No gradient."""
     if world_size() == 1:
-        return tensor.detach()
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.detach().contiguous())
-    return torch.cat(parts)
+        return tensor
+    tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def rows_of_all_ranks(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows (M, ...) of all ranks, one after the other, at index (K,): (K, ...) on every rank. No gradient.
+
+    M and the index are the same on every rank. Only the K rows travel.
+    """
+    local = index - rank() * len(rows)
+    own = (local >= 0) & (local < len(rows))
+    found = rows.detach()[local.clamp(0, len(rows) - 1)]
+    return sum_over_ranks(found.where(own.view(-1, *[1] * (rows.ndim - 1)), 0))[0]

@@ -98,15 +98,7 @@ def load_tokenizer(
     Raises:
         ZooError: the name is unknown, the file cannot be had, or what is in it does not fit, by name.
     """
-    chosen = preset(name)
-    if weights is None and chosen.weights is None:
-        raise ZooError(f"no weights are published for {name}; train it, or pass weights='path/to/a/file'.")
-    source = weights
-    if weights is None:
-        source = chosen.weights
-        if source.location and not source.location.startswith("hf://"):
-            source = replace(source, location=str(resource("checkpoints") / source.location))
-    path = files.locate(source, name)
+    chosen, path = preset(name), weights_path(name, weights)
     state, metadata = files.read(path)
     system = chosen.tokenizer.__module__.rsplit(".", 1)[0]
     if "zoo" in metadata:
@@ -120,6 +112,16 @@ def load_tokenizer(
         state = published.from_published(state, tokenizer.config)
     files.load(tokenizer, state, path)
     return tokenizer.to(device=device, dtype=dtype).eval()
+
+
+def weights_path(name: str, weights: str | Path | None = None) -> Path:
+    """The file that load_tokenizer reads for these arguments, downloaded if need be."""
+    registered = preset(name).weights
+    if weights is None and registered is None:
+        raise ZooError(f"no weights are published for {name}; train it, or pass weights='path/to/a/file'.")
+    if weights is None and registered.location and not registered.location.startswith("hf://"):
+        registered = replace(registered, location=str(resource("checkpoints") / registered.location))
+    return files.locate(registered if weights is None else weights, name)
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | Path) -> None:

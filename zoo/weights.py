@@ -111,7 +111,7 @@ def locate(weights: str | Path | Weights, name: str = "this tokenizer") -> Path:
             )
         weights, sha256 = weights.location, weights.sha256
     path = _download(weights, name) if str(weights).startswith("hf:/") else Path(weights).expanduser()
-    if sha256 and (found := _sha256(path)) != sha256:
+    if sha256 and (found := sha256_of(path)) != sha256:
         raise ZooError(f"{path} is not the file registered for {name}: SHA-256 {found} instead of {sha256}.")
     return path
 
@@ -124,6 +124,12 @@ def save(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping | None
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     save_file(tensors, part, metadata={"format": "pt"} | ({"zoo": json.dumps(metadata)} if metadata else {}))
     part.replace(path)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()
 
 
 def _download(location: str | Path, name: str) -> Path:
@@ -141,11 +147,6 @@ def _download(location: str | Path, name: str) -> Path:
             f"cannot download {location} for {name} ({type(error).__name__}: {reason}); download the file where there "
             f"is a network and pass weights='path/to/{parts[-1]}'."
         ) from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest()
 
 
 def _first(names: list[str], count: int = 10) -> str:

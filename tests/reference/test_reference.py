@@ -40,6 +40,8 @@ def pytest_generate_tests(metafunc):
                 raise pytest.UsageError(f"{path}: the zoo has no system '{vectors.system}'")
             if not vectors.cases:
                 raise pytest.UsageError(f"{path} holds no case")
+            if orphans := vectors.orphans():
+                raise pytest.UsageError(f"{path}: answers of no case: {', '.join(orphans[:10])}")
             name = path.stem.removeprefix("golden-")
             parameters += [pytest.param(vectors, case, id=f"{vectors.system}-{name}-{case}") for case in vectors.cases]
         metafunc.parametrize(("vectors", "case"), parameters)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -82,6 +83,12 @@ class Vectors:
     def answers(self, case: str) -> dict[str, Tensor]:
         prefix = f"output/{case}/"
         return {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
+
+    def orphans(self) -> list[str]:
+        """Stored answers that belong to no case, and so would never be compared."""
+        with safe_open(self.path.with_suffix(".safetensors"), "pt") as file:
+            stored = [name for name in file.keys() if name.startswith("output/")]  # noqa: SIM118
+        return [name for name in stored if name.split("/")[1] not in self.cases]
 
     def state(self, module: str) -> dict[str, Tensor]:
         """The authors' state dict of a module; entries that are neither filled nor stored are left out."""

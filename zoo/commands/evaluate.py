@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import itertools
 import json
 import math
-import mmap
 import platform
 import shlex
 import sys
@@ -27,7 +25,6 @@ from rich.table import Table
 from torch import Tensor
 from torchmetrics import Metric
 
-from zoo import weights as files
 from zoo.commands import cli
 from zoo.data import Loader
 from zoo.errors import ZooError, nearest
@@ -36,8 +33,9 @@ from zoo.metrics.cost import Cost, timed
 from zoo.metrics.pictures import draw_reconstructions
 from zoo.metrics.thumbnail import ThumbnailSize, thumbnail
 from zoo.metrics.tokens import TokenStatistics, numbers
-from zoo.registry import load_tokenizer, preset, resource
+from zoo.registry import load_tokenizer, preset, weights_path
 from zoo.tokenizer import Tokenizer, TokenizerInfo, Tokens
+from zoo.weights import sha256_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
@@ -212,7 +210,7 @@ def combinations(encode: DictConfig, tokenizer: Tokenizer) -> list[dict]:
     known = list(inspect.signature(tokenizer._encode).parameters)[1:]
     for name in settings:
         if name not in known:
-            raise ZooError(f"{tokenizer.info.name} has no setting encode.{name}{nearest(name, known)}.")
+            raise ZooError(f"{tokenizer.info.name} has no setting encode.{name}{nearest(name, known)}")
     values = [value if isinstance(value, list) else [value] for value in settings.values()]
     return [dict(zip(settings, chosen, strict=True)) for chosen in itertools.product(*values)]
 
@@ -230,22 +228,13 @@ def limited(loader: Loader, limit: int) -> Iterator[dict]:
             break
 
 
-def weights_file(cfg: DictConfig) -> Path:
-    location = cfg.weights or preset(cfg.tokenizer.name).weights.location
-    if not cfg.weights and not location.startswith("hf://"):
-        location = resource("checkpoints") / location
-    return files.locate(location, cfg.tokenizer.name)
-
-
 def protocol(cfg: DictConfig, source: dict, overrides: dict, metrics: dict) -> dict:
     """All that decides the numbers: reports whose protocols are equal can be compared."""
-    weights = weights_file(cfg)
-    with weights.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        sha256 = hashlib.sha256(content).hexdigest()
+    weights = weights_path(cfg.tokenizer.name, cfg.weights)
     return {
         "tokenizer": cfg.tokenizer.name,
         "overrides": overrides,
-        "weights": {"file": weights.name, "sha256": sha256},
+        "weights": {"file": weights.name, "sha256": sha256_of(weights)},
         "encode": OmegaConf.to_container(cfg.encode, resolve=True),
         "data": source,
         "split": "train" if source.get("val") is None else "val",

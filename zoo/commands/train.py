@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+import warnings
 from pathlib import Path
 
 import lightning as L
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 import zoo
@@ -14,6 +18,12 @@ from zoo.commands import cli
 from zoo.errors import ZooError
 from zoo.registry import resource
 from zoo.training.callbacks import ResumingCSVLogger
+
+HARMLESS = (
+    "Using ModelCheckpoint with manual optimization",  # the state after the step is the one to go on from
+    "Experiment logs directory",  # ResumingCSVLogger keeps what was logged
+    "`isinstance\\(treespec, LeafSpec\\)`",  # Lightning's own
+)
 
 
 def train(cfg: DictConfig) -> L.Trainer:
@@ -24,6 +34,8 @@ def train(cfg: DictConfig) -> L.Trainer:
     output = Path(cfg.output_dir)
     resume_from = resume_point(output, cfg.resume)
 
+    for message in HARMLESS:
+        warnings.filterwarnings("ignore", f".*{message}")
     L.seed_everything(cfg.seed, verbose=False)
     module = instantiate(cfg.module, tokenizer=instantiate(cfg.tokenizer))
     data = instantiate(cfg.data)
@@ -39,7 +51,11 @@ def train(cfg: DictConfig) -> L.Trainer:
             for logger in loggers:
                 if isinstance(logger, ResumingCSVLogger):
                     logger.continue_from(step)
-    trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
+    except SIGTERMException:  # whose exit code would say that all went well
+        print(f"ended by SIGTERM after {trainer.global_step} steps; resume=true goes on from there", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     if trainer.is_global_zero:
         zoo.save_tokenizer(module.tokenizer, output / "tokenizer.safetensors")
         print(f"trained {trainer.global_step} steps; tokenizer, metrics and pictures are in {output}")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.distributed import gather_rows, sum_over_ranks
+from zoo.distributed import from_first_rank, rows_of_all_ranks, sum_over_ranks, world_size
 from zoo.errors import ZooError
 from zoo.quantizers.search import nearest_code
 
@@ -39,7 +39,8 @@ class EMAQuantizer(nn.Module):
         commitment: weight of mean((sg(code) - z)^2), the only loss.
         init: "published": codes and sums drawn apart from each other, counts 0, as in the code that circulates, where
             the first batch makes unused codes huge; "data": codes are vectors of the first batch in training mode.
-        restart_below: codes whose count falls below this become vectors of the current batch; 0: never.
+        restart_below: codes whose count N falls below this become random vectors of the current batch, with a count
+            of 1; 0: never.
         eps: of the smoothing.
     """
 
@@ -63,65 +64,75 @@ class EMAQuantizer(nn.Module):
         self.register_buffer("embed_sum", torch.randn(num_codes, dim))
 
     def forward(self, z: Tensor) -> Quantized:
-        """z (..., D)."""
-        vectors = z.detach().float().flatten(0, -2)
-        if self.training and self.init == "data":
-            self._start_from(vectors)
+        """z (..., D); under several ranks every rank has as many vectors."""
+        vectors = z.detach().float().reshape(-1, z.shape[-1])
+        drawn = None
+        if self.training and (self.init == "data" or self.restart_below):
+            drawn = self._draw(vectors)
+            if self.init == "data":
+                self._start_from(drawn)
         ids = self.encode(z)
-        codes = self.codebook[ids].to(z.dtype)
-        loss = self.commitment * F.mse_loss(z, codes)
-        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            counts, sums = self._statistics(vectors, ids.flatten())
-            if self.training:
-                self._update(counts, sums, vectors)
-        return Quantized(z + (codes - z).detach(), ids, loss, perplexity(counts))
+        with torch.autocast(z.device.type, enabled=False):
+            exact, codes = z.float(), self.codebook[ids].float()
+            loss = self.commitment * F.mse_loss(exact, codes)
+            quantized = (exact + (codes - exact).detach()).to(z.dtype)
+            with torch.no_grad():
+                counts, sums = code_statistics(vectors, ids.flatten(), len(self.codebook))
+                if self.training:
+                    self._update(counts, sums, drawn)
+        return Quantized(quantized, ids, loss, perplexity(counts))
 
     def encode(self, z: Tensor) -> Tensor:
         """z (..., D) -> ids (...) int64, without moving anything."""
         return nearest_code(z, self.codebook)
 
-    def _statistics(self, vectors: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Counts (K,) and sums (K, D) of the vectors of each code over all ranks; vectors not finite are left out."""
-        finite = vectors.isfinite().all(1)
-        counts = torch.zeros_like(self.cluster_size).index_add_(0, ids, finite.to(self.cluster_size.dtype))
-        sums = torch.zeros_like(self.embed_sum).index_add_(0, ids, vectors.where(finite[:, None], 0))
-        return tuple(sum_over_ranks(counts, sums))
-
-    def _update(self, counts: Tensor, sums: Tensor, vectors: Tensor) -> None:
-        size = self.cluster_size.lerp(counts, 1 - self.decay)
+    def _update(self, counts: Tensor, sums: Tensor, drawn: Tensor | None) -> None:
+        size = self.cluster_size.float().lerp(counts, 1 - self.decay)
         total = size.sum()
         size = (size + self.eps) / (total + len(size) * self.eps) * total
-        self.embed_sum.lerp_(sums, 1 - self.decay)
+        embed_sum = self.embed_sum.float().lerp(sums, 1 - self.decay)
         if self.restart_below:
             dead = size < self.restart_below
             size = size.where(~dead, 1.0)
-            self.embed_sum.copy_(self.embed_sum.where(~dead[:, None], self._draw(vectors)))
+            embed_sum = embed_sum.where(~dead[:, None], drawn)
+        # in place: whoever holds the buffers (DDP, an average of weights) goes on seeing them
         self.cluster_size.copy_(size)
-        self.codebook.copy_(self.embed_sum / size[:, None])
+        self.embed_sum.copy_(embed_sum)
+        # nothing was counted yet when a very first batch has no finite vector
+        self.codebook.copy_((embed_sum / size[:, None]).where(total > 0, self.codebook.float()))
 
-    def _start_from(self, vectors: Tensor) -> None:
+    @torch.no_grad()
+    def _start_from(self, drawn: Tensor) -> None:
         """Codes from vectors of the first batch. No code was counted before that; nothing is read from the device."""
         fresh = (self.cluster_size == 0).all()
-        drawn = self._draw(vectors)
-        self.codebook.copy_(self.codebook.where(~fresh, drawn))
-        self.embed_sum.copy_(self.embed_sum.where(~fresh, drawn))
+        self.codebook.copy_(drawn.where(fresh, self.codebook.float()))
+        self.embed_sum.copy_(drawn.where(fresh, self.embed_sum.float()))
         self.cluster_size.copy_(self.cluster_size.where(~fresh, 1.0))
 
+    @torch.no_grad()
     def _draw(self, vectors: Tensor) -> Tensor:
-        """K vectors of the batches of all ranks, the same on every rank: evenly spaced, which needs no random numbers.
-
-        Each rank offers its share. Vectors that are not finite are replaced by the codes as they are.
+        """K random vectors of the batches of all ranks (M, D), by the random numbers of rank 0; all of them, some
+        several times, when there are fewer. A vector that is not finite is replaced by the code as it is.
         """
-        everyone = gather_rows(vectors[self._spread(len(vectors), min(len(vectors), len(self.codebook)), vectors)])
-        drawn = everyone[self._spread(len(everyone), len(self.codebook), vectors)]
-        return drawn.where(drawn.isfinite().all(1, keepdim=True), self.codebook)
+        total = len(vectors) * world_size()
+        order = torch.randperm(total, device=vectors.device)
+        index = order[torch.arange(len(self.codebook), device=vectors.device) % total]
+        drawn = rows_of_all_ranks(vectors, from_first_rank(index))
+        return drawn.where(drawn.isfinite().all(1, keepdim=True), self.codebook.float())
 
-    @staticmethod
-    def _spread(total: int, count: int, like: Tensor) -> Tensor:
-        return torch.arange(count, device=like.device) * total // count
+
+def code_statistics(vectors: Tensor, ids: Tensor, num_codes: int) -> list[Tensor]:
+    """How often each code was used over all ranks (K,), and the sum of its vectors (K, D), in float32.
+
+    vectors (M, D) with their ids (M,); vectors that are not finite are left out.
+    """
+    finite = vectors.isfinite().all(1)
+    counts = vectors.new_zeros(num_codes).index_add_(0, ids, finite.to(vectors.dtype))
+    sums = vectors.new_zeros(num_codes, vectors.shape[1]).index_add_(0, ids, vectors.where(finite[:, None], 0))
+    return sum_over_ranks(counts, sums)
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of codes used `counts` (K,) times: exp(-sum p log(p + 1e-10)), p = counts / sum."""
-    share = counts / counts.sum()
+    """exp of the entropy of codes used `counts` (K,) times: exp(-sum p log(p + 1e-10)), p = counts / sum; 1 if none."""
+    share = counts / counts.sum().clamp(min=1)
     return (-(share * (share + 1e-10).log()).sum()).exp()

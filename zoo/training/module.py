@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -58,6 +59,7 @@ class TrainingModule(L.LightningModule):
         self.max_bad_steps, self.seed = max_bad_steps, seed
         self._unchecked: list[tuple[int, list[str], Tensor]] = []  # steps whose finiteness was not read yet
         self._bad_in_a_row = 0
+        self._images, self._since = 0, None  # since the throughput was last logged
         if compile:
             tokenizer.compile()
 
@@ -108,6 +110,7 @@ class TrainingModule(L.LightningModule):
                 self._unchecked.append((self.global_step, batch.get("key", []), norm))
                 logs = logs | {f"gradient_norm/{name}": norm, f"lr/{name}": optimizer.param_groups[0]["lr"]}
             self.log_dict({f"train/{key}": value for key, value in logs.items()}, batch_size=batch_size(batch))
+        self._log_throughput(batch_size(batch))
         if self.device.type == "cpu" or len(self._unchecked) >= self.trainer.log_every_n_steps:
             self._check_bad_steps()
 
@@ -117,6 +120,9 @@ class TrainingModule(L.LightningModule):
         mse = (self.tokenizer.reconstruct(images) - images).square().flatten(1).mean(1)
         scores = {"val/mse": mse.mean(), "val/psnr": (-10 * mse.clamp(min=1e-10).log10()).mean()}
         self.log_dict(scores, batch_size=len(images), sync_dist=True, prog_bar=True)
+
+    def on_validation_epoch_start(self) -> None:
+        self._since = None  # validation is no part of the training's throughput
 
     def on_train_epoch_end(self) -> None:
         self._check_bad_steps()
@@ -144,6 +150,17 @@ class TrainingModule(L.LightningModule):
         optimizer.step() if counts else self.trainer.strategy.optimizer_step(raw, closure=lambda: None)
         optimizer.zero_grad()
         return norm.detach()
+
+    def _log_throughput(self, images: int) -> None:
+        """Images a second over all ranks, since the last time that metrics were logged."""
+        now = time.perf_counter()
+        if self._since is None:
+            self._images, self._since = 0, now
+            return
+        self._images += images * self.trainer.world_size
+        if self.global_step % self.trainer.log_every_n_steps == 0:
+            self.log("train/images_per_second", self._images / (now - self._since), batch_size=images)
+            self._images, self._since = 0, now
 
     def _check_bad_steps(self) -> None:
         if not self._unchecked:

@@ -1,0 +1,46 @@
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from zoo.distributed import from_first_rank, rows_of_all_ranks, sum_over_ranks, world_size
+
+
+def results(rank: int) -> dict:
+    """What a rank gets from every function, from inputs that differ between ranks."""
+    total, matrix = sum_over_ranks(torch.tensor(1.0 + rank), torch.full((2, 3), float(rank)))
+    rows = torch.arange(4).view(2, 2) + 10 * rank
+    return {
+        "size": world_size(),
+        "total": total.item(),
+        "matrix": matrix.tolist(),
+        "first": from_first_rank(torch.tensor([[1, 2], [3, 4]]).T + rank).tolist(),
+        "rows": rows_of_all_ranks(rows, torch.tensor([1, 0, world_size() * 2 - 1])).tolist(),
+    }
+
+
+def run_rank(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(results(rank), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_every_rank_gets_what_all_ranks_have_together(tmp_path):
+    mp.spawn(run_rank, (str(tmp_path),), nprocs=2)
+    for rank in (0, 1):
+        assert torch.load(tmp_path / f"{rank}.pt") == {
+            "size": 2,
+            "total": 3.0,
+            "matrix": [[1.0] * 3] * 2,
+            "first": [[1, 3], [2, 4]],
+            "rows": [[2, 3], [0, 1], [12, 13]],
+        }
+
+
+def test_one_process_gets_what_it_has():
+    assert results(5) == {
+        "size": 1,
+        "total": 6.0,
+        "matrix": [[5.0] * 3] * 2,
+        "first": [[6, 8], [7, 9]],
+        "rows": [[52, 53], [50, 51], [52, 53]],
+    }
