@@ -60,7 +60,7 @@ def peak() -> float:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1, help="more only where nothing else runs")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--large-rounds", type=int, default=3)
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)

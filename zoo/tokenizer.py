@@ -6,11 +6,12 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from zoo.errors import ZooError, nearest
@@ -134,7 +135,7 @@ class Tokens:
         tensors = {f"ids/{name}": tensor for name, tensor in self.ids.items()}
         tensors |= {f"latents/{name}": tensor for name, tensor in self.latents.items()}
         tensors = {name: tensor.contiguous().cpu() for name, tensor in (tensors | {"mask": self.mask}).items()}
-        save_file(tensors, path, metadata={"tokens": json.dumps({"grid": self.grid})})
+        Path(path).write_bytes(serialize(tensors, {"tokens": json.dumps({"grid": self.grid})}))
 
     @staticmethod
     def load(path) -> Tokens:

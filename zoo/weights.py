@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
@@ -122,7 +122,8 @@ def save(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping | None
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    save_file(tensors, part, metadata={"format": "pt"} | ({"zoo": json.dumps(metadata)} if metadata else {}))
+    # not save_file, which gives the file to its owner alone
+    part.write_bytes(serialize(tensors, {"format": "pt"} | ({"zoo": json.dumps(metadata)} if metadata else {})))
     part.replace(path)
 
 

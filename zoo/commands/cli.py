@@ -87,7 +87,10 @@ def check(cfg: DictConfig) -> None:
     for key, node in _targets(cfg):
         target = hydra.utils.get_object(node["_target_"])
         function = target.__init__ if isinstance(target, type) else target
-        hints = typing.get_type_hints(function) if not isinstance(function, type(object.__init__)) else {}
+        try:
+            hints = typing.get_type_hints(function)
+        except (NameError, TypeError):  # names of a package that is not installed, or no Python function
+            continue
         for name, hint in hints.items():
             if name in node and not OmegaConf.is_interpolation(node, name) and not OmegaConf.is_missing(node, name):
                 _expect(f"{key}.{name}", node[name], hint)

@@ -80,16 +80,17 @@ class Decoder:
             raise BadSample(f"{raw['__url__']}: {raw['__key__']}", f"{field!r} cannot be read ({error})") from None
         return sample
 
-    def _image(self, suffix: str, data: bytes, rng: random.Random | None) -> Tensor:
+    def _image(self, suffix: str, data: bytes, rng: random.Random | None) -> np.ndarray:
         image = read_rgb(suffix, data)
         if self.image_size:
             image = fit(image, self.image_size, self.crop, self.crop_scale, rng)
         if self.flip and rng.random() < 0.5:
             image = ImageOps.mirror(image)
-        pixels = torch.from_numpy(np.array(image))
-        return pixels.clamp(0, 1).expand(3, -1, -1) if image.mode == "F" else pixels.permute(2, 0, 1)
+        if image.mode == "F":
+            return np.repeat(np.clip(image, 0, 1)[None], 3, axis=0)
+        return np.array(image).transpose(2, 0, 1)
 
-    def _depth(self, suffix: str, data: bytes, depth: str, squash: bool) -> Tensor:
+    def _depth(self, suffix: str, data: bytes, depth: str, squash: bool) -> np.ndarray:
         values, size = read_depth(suffix, data), self.image_size
         if depth == "distance":
             values = near_is_one(np.divide(1, values, out=np.full_like(values, np.nan), where=values > 0))
@@ -99,7 +100,7 @@ class Decoder:
             image = Image.fromarray(values)
             image = image.resize((size, size), Image.NEAREST) if squash else fit(image, size, resample=Image.NEAREST)
             values = np.array(image)
-        return torch.from_numpy(values)[None]
+        return values[None]
 
 
 def read_rgb(suffix: str, data: bytes) -> Image.Image:
@@ -136,10 +137,13 @@ def read_depth(suffix: str, data: bytes) -> np.ndarray:
 def near_is_one(inverse: np.ndarray) -> np.ndarray:
     """Inverse depth or disparity, scaled to [0, 1] over the picture. Unknown (not finite) becomes 0, the farthest."""
     known = np.isfinite(inverse)
-    if not known.any():
+    low = inverse.min(initial=np.inf, where=known)
+    high = inverse.max(initial=-np.inf, where=known)
+    if low > high:
         raise BadSample("its depth is nowhere known")
-    low, high = inverse[known].min(), inverse[known].max()
-    return np.where(known, (inverse - low) / max(high - low, np.finfo(np.float32).tiny), 0).astype(np.float32)
+    near = (inverse - low) / max(high - low, np.finfo(np.float32).tiny)
+    near[~known] = 0
+    return near
 
 
 def fit(image: Image.Image, size: int, crop="center", scale=(1, 1), rng=None, resample=Image.BICUBIC) -> Image.Image:
@@ -161,39 +165,34 @@ def fit(image: Image.Image, size: int, crop="center", scale=(1, 1), rng=None, re
     return image if width == height else image.crop((left, top, left + size, top + size))
 
 
-def collate(samples: Iterable[dict], size: int, buffers: dict[str, Tensor]) -> dict:
-    """Up to `size` samples: pictures in one tensor a field, in `buffers[field]` if that fits; everything else in lists.
+def collate(samples: Iterable[dict], size: int, buffers: dict[str, np.ndarray]) -> dict:
+    """Up to `size` samples: pictures in one array a field, in `buffers[field]` if that fits; everything else in lists.
 
     A sample is copied to its place before the next one is made, so that they are all made in the same warm memory.
     """
     batch = {}
     for n, sample in enumerate(samples):
         for name, value in sample.items():
-            if not isinstance(value, Tensor):
+            if not isinstance(value, np.ndarray):
                 batch.setdefault(name, []).append(value)
                 continue
             if name not in batch:
                 buffer = buffers.get(name)
                 fits = buffer is not None and buffer.shape[1:] == value.shape and buffer.dtype == value.dtype
-                batch[name] = buffer if fits else pixels_first(size, *value.shape, dtype=value.dtype)
+                batch[name] = buffer if fits else np.empty((size, *value.shape), value.dtype)
             if batch[name].shape[1:] != value.shape:
                 one, other = (f"{s[-2]}x{s[-1]}" for s in (batch[name].shape, value.shape))
                 raise ZooError(f"pictures of {one} and {other} are no batch: give an image_size, or batch_size=1")
             if value.dtype != batch[name].dtype:  # 16-bit grey among 8-bit colour
-                batch[name], value = to_float(batch[name]), to_float(value)
+                batch[name], value = to_float(batch[name]).numpy(), to_float(value).numpy()
             batch[name][n] = value
     return batch
 
 
-def pixels_first(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Empty (..., C, H, W) with the colours of a pixel side by side, as pictures come out of files."""
-    return torch.empty(*shape[:-3], *shape[-2:], shape[-3], dtype=dtype).movedim(-1, -3)
-
-
-def to_float(pixels: Tensor, pin_memory: bool = False) -> Tensor:
-    """A contiguous copy in [0, 1] of pictures in bytes or in floats."""
-    copy = torch.empty(pixels.shape, pin_memory=pin_memory).copy_(pixels)
-    return copy.div_(255) if pixels.dtype == torch.uint8 else copy
+def to_float(pixels: np.ndarray, out: Tensor | None = None) -> Tensor:
+    """A copy in [0, 1] of pictures in bytes or in floats."""
+    copy = (torch.empty(pixels.shape) if out is None else out).copy_(torch.from_numpy(pixels))
+    return copy.div_(255) if pixels.dtype == np.uint8 else copy
 
 
 def _open(suffix: str, data: bytes, upright: bool = False) -> Image.Image:
@@ -213,7 +212,7 @@ def _open(suffix: str, data: bytes, upright: bool = False) -> Image.Image:
 
 def _sixteen_bits(image: Image.Image) -> np.ndarray:
     values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+    if image.mode == "F" or (image.mode == "I" and (values.min() < 0 or values.max() > 65535)):
         raise BadSample(f"a picture of mode {image.mode} with more than 16 bits has no known range")
     return values.astype(np.float32) / 65535
 

@@ -14,6 +14,7 @@ import logging
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data.distributed import DistributedSampler
 from webdataset.filters import shuffle
 
-from zoo.data.images import Decoder, collate, pixels_first, to_float
+from zoo.data.images import Decoder, collate, to_float
 from zoo.data.order import Mix, Order, quotas
 from zoo.data.sources import BadSample, Indexed, resolve
 from zoo.errors import ZooError
@@ -109,6 +110,7 @@ class Loader(DataLoader):
             worker_init_fn=_keep_memory,
         )
         self.training, self.max_bad_share, self.position = training, max_bad_share, 0
+        self.rooms, self.guests = [], WeakValueDictionary()
 
     def __iter__(self) -> Iterator[dict]:
         batches, steps, seen, bad, ended = self.dataset, self.dataset.steps, 0, [], set()
@@ -130,13 +132,28 @@ class Loader(DataLoader):
             elif seen >= JUDGED_FROM:
                 self._judge(seen, bad, final=False)
             for name, value in batch.items():
-                pixels = batches.rings[name][value] if isinstance(value, tuple) else value
-                if isinstance(pixels, torch.Tensor):
-                    batch[name] = to_float(pixels[:count], pin_memory=torch.cuda.is_initialized())
+                pixels = batches.rings[name][value].numpy() if isinstance(value, tuple) else value
+                if isinstance(pixels, np.ndarray):
+                    batch[name] = to_float(pixels[:count], out=self._room(pixels.shape)[:count])
             if batch:
                 yield batch
         if steps is None:
             self._judge(seen, bad, final=True)
+
+    def _room(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Memory for a batch: pinned if the GPU is in use, else that of an earlier batch of which no tensor is left, as
+        fresh pages cost more than what is written into them."""
+        if torch.cuda.is_initialized():
+            return torch.empty(shape, pin_memory=True)
+        i = next(
+            (i for i, room in enumerate(self.rooms) if room.shape == shape and i not in self.guests), len(self.rooms)
+        )
+        if i == 4 * len(self.dataset.rings):
+            return torch.empty(shape)
+        if i == len(self.rooms):
+            self.rooms.append(np.empty(shape, np.float32))
+        self.guests[i] = guest = self.rooms[i].view()  # lives as long as a tensor over it
+        return torch.from_numpy(guest)
 
     def _judge(self, seen: int, bad: list[tuple[str, str]], final: bool) -> None:
         if len(bad) > self.max_bad_share * seen:
@@ -176,13 +193,10 @@ class Batches(Dataset):
         # DataLoader does, takes as long as decoding where page faults are slow. Three places a worker: it fills one
         # while another is ready and a third is copied out.
         self.turn, self.rings, size = 0, {}, decoder.image_size
-        if workers and size:
-            kinds = {"image": (3, torch.uint8), "depth": (1, torch.float32)}
-            self.rings = {
-                name: pixels_first(workers, AHEAD + 1, batch_size, channels, size, size, dtype=dtype).share_memory_()
-                for name, (channels, dtype) in kinds.items()
-                if name in decoder.fields
-            }
+        for name, channels, dtype in (("image", 3, torch.uint8), ("depth", 1, torch.float32)):
+            if size and name in decoder.fields:
+                ring = torch.empty(self.slots, AHEAD + 1, batch_size, channels, size, size, dtype=dtype)
+                self.rings[name] = ring.share_memory_() if workers else ring
 
     def __getitem__(self, number: int) -> dict | None:
         """The batch with the bad samples met on the way; {"error"} for a ZooError, which would lose its one sentence on
@@ -190,7 +204,7 @@ class Batches(Dataset):
         worker, bad = get_worker_info(), []
         self.turn = (self.turn + 1) % (AHEAD + 1)
         place = (worker.id if worker else 0, self.turn)
-        buffers = {name: ring[place] for name, ring in self.rings.items()}
+        buffers = {name: ring[place].numpy() for name, ring in self.rings.items()}
         try:
             batch = collate(self.samples(number, bad), self.batch_size, buffers)
         except ZooError as error:

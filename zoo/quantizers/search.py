@@ -36,7 +36,7 @@ def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
             f"got {tuple(vectors.shape)} and {tuple(codebook.shape)}."
         )
     (num_codes, dim), device = codebook.shape, vectors.device
-    rows, chunk = (512, 1024) if device.type == "cpu" else (2048, 8192)
+    rows, chunk = (1024, 1024) if device.type == "cpu" else (2048, 8192)
     group = 1 if num_codes <= 1024 else 8
     chunk = min(chunk, math.ceil(num_codes / group) * group)
     starts = range(0, num_codes, chunk)
