@@ -24,6 +24,8 @@ def test_codes_become_ids_and_come_back(vocabulary):
     codes = torch.tensor([[0, 4, 2]])
     assert vocabulary.to_ids("depth", codes).tolist() == [[12, 16, 14]]
     assert torch.equal(vocabulary.to_codes("depth", vocabulary.to_ids("depth", codes)), codes)
+    many = Vocabulary(32000, [DEPTH])  # ids do not fit the small integers that codes may come in
+    assert many.to_ids("depth", codes.to(torch.uint8)).tolist() == [[32002, 32006, 32004]]
     levels = torch.tensor([[[0, 1, 3], [3, 0, 0]]])
     assert vocabulary.to_ids("pixel", levels).tolist() == [[[17, 22, 28], [20, 21, 25]]]
     assert torch.equal(vocabulary.to_codes("pixel", vocabulary.to_ids("pixel", levels)), levels)
@@ -58,7 +60,8 @@ def test_text_and_images_join_and_split_again(vocabulary):
         (lambda v: v.join([Tokens(ids={"other": torch.zeros(1, 1).long()})]), "stream of"),
         (lambda v: v.id_of("<D_5>"), "did you mean"),
         (lambda v: v.word_of(9), "no added word"),
-        (lambda v: Vocabulary(10, [DEPTH, DEPTH]), "come twice"),
+        (lambda v: Vocabulary(10, [DEPTH, Stream("other", 3, "<D_{}>")]), "come twice: <D_0>, <D_1>, <D_2>"),
+        (lambda v: Vocabulary(10, [DEPTH, Stream("depth", 3, "<E_{}>")]), "come twice: depth"),
     ],
 )
 def test_what_does_not_belong_is_refused(vocabulary, call, complaint):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,7 +49,8 @@ class Vocabulary:
         """Every added word, in the order of the ids from text_size on."""
         self._ids = {word: text_size + i for i, word in enumerate(self.words)}
         if len(self._ids) < len(self.words) or len(self.streams) < len(streams):
-            twice = sorted({w for w in self.words if self.words.count(w) > 1} or {s.name for s in streams})
+            seen = Counter(self.words) if len(self._ids) < len(self.words) else Counter(s.name for s in streams)
+            twice = sorted(word for word, times in seen.items() if times > 1)
             raise ZooError(f"words and streams of a vocabulary must differ; these come twice: {', '.join(twice[:10])}.")
 
     def __len__(self) -> int:
@@ -78,10 +80,10 @@ class Vocabulary:
         chosen, start = self._stream(stream), self.code_ids(stream).start
         self._expect(codes, 0, chosen.size, f"codes of stream '{stream}'")
         if chosen.levels == 1:
-            return codes + start
+            return codes.long() + start
         if codes.shape[-1] != chosen.levels:
             raise ZooError(f"codes of '{stream}' have {chosen.levels} levels last, got shape {tuple(codes.shape)}.")
-        return codes + start + chosen.size * torch.arange(chosen.levels, device=codes.device)
+        return codes.long() + start + chosen.size * torch.arange(chosen.levels, device=codes.device)
 
     def to_codes(self, stream: str, ids: Tensor) -> Tensor:
         """The inverse of to_ids. Raises ZooError when an id is not of this stream, or of another level."""

@@ -88,7 +88,7 @@ class Decoder:
             image = ImageOps.mirror(image)
         if image.mode == "F":
             return np.repeat(np.clip(image, 0, 1)[None], 3, axis=0)
-        return np.array(image).transpose(2, 0, 1)
+        return np.asarray(image).transpose(2, 0, 1)
 
     def _depth(self, suffix: str, data: bytes, depth: str, squash: bool) -> np.ndarray:
         values, size = read_depth(suffix, data), self.image_size
@@ -112,7 +112,7 @@ def read_rgb(suffix: str, data: bytes) -> Image.Image:
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if image.mode[0] in "IF":
         return Image.fromarray(_sixteen_bits(image))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def read_depth(suffix: str, data: bytes) -> np.ndarray:

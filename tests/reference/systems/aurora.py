@@ -174,7 +174,7 @@ def prep(vectors: Vectors, about: dict) -> dict[str, Tensor]:
     Image.fromarray(vectors.input("prep", "gray").numpy()).save(file, "PNG")
     raw = {"__key__": "map", "depth.png": file.getvalue()}
     depth = Decoder(["depth"], about["size"])(raw, "relative", squash=True)["depth"]
-    return {"preprocessed": AuroraTokenizer(AuroraConfig()).to_values(depth)}
+    return {"preprocessed": AuroraTokenizer(AuroraConfig()).to_values(torch.as_tensor(depth))}
 
 
 def lm(vectors: Vectors, about: dict) -> dict[str, Tensor]:
