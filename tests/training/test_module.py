@@ -117,7 +117,7 @@ class Adversarial(TrainingModule):
 
 
 def test_losses_step_in_their_order_and_reach_their_own_parameters_only():
-    module = Adversarial(tokenizer=Scalar(), optimizers={"tokenizer": sgd, "critic": sgd})
+    module = Adversarial(tokenizer=Scalar(), optimizers={"critic": sgd, "tokenizer": sgd})
     with torch.no_grad():
         module.critic.weight.fill_(1.0)
     trainer = fit(module, loader([0.5]), max_steps=1)

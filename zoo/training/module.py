@@ -31,7 +31,8 @@ class TrainingModule(L.LightningModule):
 
     Args:
         tokenizer: what is trained.
-        optimizers: {name: partial torch optimizer waiting for its parameter groups}; the first one counts the steps.
+        optimizers: {name: partial torch optimizer waiting for its parameter groups}; steps of the run are those of the
+            first of `optimized`.
         schedules: {name: function of zoo.training.schedules, its own arguments bound}; default: constant.
         gradient_clip: largest norm of an optimizer's gradient; 0: no clipping.
         accumulate: batches whose gradients make one step.
@@ -75,6 +76,7 @@ class TrainingModule(L.LightningModule):
         modules = self.optimized()
         if modules.keys() != self.recipe.keys():
             raise ZooError(f"{type(self).__name__} trains {sorted(modules)}, got optimizers for {sorted(self.recipe)}.")
+        self.recipe = {name: self.recipe[name] for name in modules}  # the order of self.optimizers()
         total, epoch = self._run_length()
         configured = []
         for name, module in modules.items():
@@ -105,10 +107,11 @@ class TrainingModule(L.LightningModule):
             with nullcontext() if completes else self._no_sync():
                 self.manual_backward(loss / self.accumulate, **inputs)
             if completes:
+                logs = logs | {f"lr/{name}": optimizer.param_groups[0]["lr"]}
                 norm = self._step(optimizer, counts=name == next(iter(optimizers)))
                 schedulers[name].step()
                 self._unchecked.append((self.global_step, batch.get("key", []), norm))
-                logs = logs | {f"gradient_norm/{name}": norm, f"lr/{name}": optimizer.param_groups[0]["lr"]}
+                logs[f"gradient_norm/{name}"] = norm
             self.log_dict({f"train/{key}": value for key, value in logs.items()}, batch_size=batch_size(batch))
         self._log_throughput(batch_size(batch))
         if self.device.type == "cpu" or len(self._unchecked) >= self.trainer.log_every_n_steps:
