@@ -6,7 +6,7 @@ RUN := outputs/aurora-tiny-$(shell date +%Y%m%d-%H%M%S)
 .PHONY: train test lint bench clean
 
 train: .venv/installed
-	$(BIN)/python train.py experiment=aurora-tiny trainer.max_steps=700 output_dir=$(RUN)
+	$(BIN)/python train.py experiment=aurora-tiny trainer.max_steps=700 callbacks.ema.decay=0.97 output_dir=$(RUN)
 	$(BIN)/python evaluate.py tokenizer=aurora-tiny weights=$(RUN)/tokenizer.safetensors data=scenes output_dir=$(RUN)/evaluation
 	@echo "table: $(RUN)/evaluation/metrics.json   picture: $(RUN)/evaluation/reconstructions.png"
 

@@ -15,7 +15,7 @@ from zoo.errors import ZooError
 
 def decode(raw: dict[str, bytes], field: str = "image", depth="relative", squash=False, rng=None, **options):
     sample = Decoder([field], **options)({"__key__": "k", "__url__": "u", **raw}, depth, squash, rng)[field]
-    return to_float(sample) if isinstance(sample, np.ndarray) else sample
+    return torch.from_numpy(to_float(sample)) if isinstance(sample, np.ndarray) else sample
 
 
 def ramp(shape, low=0, high=255, dtype=np.uint8) -> np.ndarray:

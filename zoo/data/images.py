@@ -1,15 +1,14 @@
-"""From the bytes of a sample to tensors: pure functions of the bytes and of a seeded generator."""
+"""From the bytes of a sample to arrays: pure functions of the bytes and of a seeded generator."""
 
 import io
 import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from zoo.data.sources import IMAGE_SUFFIXES, BadSample
 from zoo.errors import ZooError, nearest
@@ -184,22 +183,21 @@ def collate(samples: Iterable[dict], size: int, buffers: dict[str, np.ndarray]) 
                 one, other = (f"{s[-2]}x{s[-1]}" for s in (batch[name].shape, value.shape))
                 raise ZooError(f"pictures of {one} and {other} are no batch: give an image_size, or batch_size=1")
             if value.dtype != batch[name].dtype:  # 16-bit grey among 8-bit colour
-                batch[name], value = to_float(batch[name]).numpy(), to_float(value).numpy()
+                batch[name], value = to_float(batch[name]), to_float(value)
             batch[name][n] = value
     return batch
 
 
-def to_float(pixels: np.ndarray, out: Tensor | None = None) -> Tensor:
+def to_float(pixels: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """A copy in [0, 1] of pictures in bytes or in floats."""
-    copy = (torch.empty(pixels.shape) if out is None else out).copy_(torch.from_numpy(pixels))
-    return copy.div_(255) if pixels.dtype == np.uint8 else copy
+    return np.divide(pixels, np.float32(255 if pixels.dtype == np.uint8 else 1), out=out)
 
 
 def _open(suffix: str, data: bytes, upright: bool = False) -> Image.Image:
     if not data:
         raise BadSample(f"{suffix!r} is empty (0 bytes)")
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_formats(suffix.rpartition(".")[2]))
         image.load()
         if upright:
             ImageOps.exif_transpose(image, in_place=True)
@@ -208,6 +206,12 @@ def _open(suffix: str, data: bytes, upright: bool = False) -> Image.Image:
     except Exception as error:  # for broken files Pillow's decoders raise nearly everything there is
         raise BadSample(f"{suffix!r} is no whole picture ({str(error) or type(error).__name__})") from None
     return image
+
+
+@cache
+def _formats(kind: str) -> list[str]:
+    """Every format of Pillow, the one that the name of the file promises first: they are tried one after another."""
+    return [Image.registered_extensions()[f".{kind}"], *Image.ID]
 
 
 def _sixteen_bits(image: Image.Image) -> np.ndarray:

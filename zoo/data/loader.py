@@ -134,7 +134,8 @@ class Loader(DataLoader):
             for name, value in batch.items():
                 pixels = batches.rings[name][value].numpy() if isinstance(value, tuple) else value
                 if isinstance(pixels, np.ndarray):
-                    batch[name] = to_float(pixels[:count], out=self._room(pixels.shape)[:count])
+                    batch[name] = self._room(pixels.shape)[:count]
+                    to_float(pixels[:count], out=batch[name].numpy())
             if batch:
                 yield batch
         if steps is None:
