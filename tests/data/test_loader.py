@@ -117,6 +117,13 @@ def test_a_run_can_be_resumed_on_another_number_of_ranks(make_shards):
     assert not set(before) & set(after)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_kept_of_a_batch_is_not_overwritten_by_later_ones(make_shards, workers):
+    loader = Loader(make_shards(40), batch_size=2, image_size=8, num_workers=workers)
+    kept = torch.cat([part for _ in range(2) for part in [batch["image"][1:, 0, 0, 0] for batch in loader]])
+    assert kept.mul(255).tolist() == 2 * list(range(1, 40, 2))
+
+
 # --- mixes -----------------------------------------------------------------------------------------------------------
 
 

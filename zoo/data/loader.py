@@ -121,9 +121,9 @@ class Loader(DataLoader):
                 if len(ended) == batches.slots:
                     break
                 continue
-            if "error" in batch:
-                raise ZooError(batch["error"])
-            now, count = batch.pop("bad"), len(batch.get("key", ()))
+            if "__error__" in batch:
+                raise ZooError(batch["__error__"])
+            now, count = batch.pop("__bad__"), len(batch.get("key", ()))
             bad, seen = bad + now, seen + (count if self.training else count + len(now))
             self.position += 1
             if steps and self.position % steps == 0:  # before the last batch is given out: Lightning asks for no other
@@ -200,8 +200,8 @@ class Batches(Dataset):
                 self.rings[name] = ring.share_memory_() if workers else ring
 
     def __getitem__(self, number: int) -> dict | None:
-        """The batch with the bad samples met on the way; {"error"} for a ZooError, which would lose its one sentence on
-        the way out of a worker; None at the end of a stream."""
+        """The batch with the bad samples met on the way; {"__error__"} for a ZooError, which would lose its one
+        sentence on the way out of a worker; None at the end of a stream."""
         worker, bad = get_worker_info(), []
         self.turn = (self.turn + 1) % (AHEAD + 1)
         place = (worker.id if worker else 0, self.turn)
@@ -209,9 +209,9 @@ class Batches(Dataset):
         try:
             batch = collate(self.samples(number, bad), self.batch_size, buffers)
         except ZooError as error:
-            return {"error": str(error)}
+            return {"__error__": str(error)}
         shared = {name: place for name, buffer in buffers.items() if batch.get(name) is buffer}
-        return batch | shared | {"bad": bad} if batch or bad else None
+        return batch | shared | {"__bad__": bad} if batch or bad else None
 
     def samples(self, number: int, bad: list[tuple[str, str]]) -> Iterator[dict]:
         raise NotImplementedError

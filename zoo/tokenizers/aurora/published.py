@@ -31,8 +31,7 @@ def from_published(state: Mapping[str, Tensor], config: AuroraConfig) -> dict[st
 
 def to_published(state: Mapping[str, Tensor], config: AuroraConfig) -> dict[str, Tensor]:
     """Our state dict in the authors' names."""
-    ours = {name: tensor for name, tensor in state.items() if name != "quantizer.initialized"}
-    return rename(ours, {ours: theirs for theirs, ours in NAMES.items()})
+    return rename(state, {ours: theirs for theirs, ours in NAMES.items()})
 
 
 def config_from_published(arguments: Mapping) -> AuroraConfig:
