@@ -52,11 +52,6 @@ class TokenizerInfo:
         """Field of a batch that this tokenizer reads: "depth" or "image"."""
         return "depth" if self.decodes_to == "depth" else "image"
 
-    @property
-    def bits_per_position(self) -> float:
-        """Bits that one position of all discrete streams takes."""
-        return sum(self.levels.get(name, 1) * math.log2(size) for name, size in self.codebook_sizes.items())
-
 
 @dataclass(frozen=True)
 class Tokens:
