@@ -25,6 +25,15 @@ def sum_over_ranks(*tensors: Tensor) -> list[Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
+def min_over_ranks(tensor: Tensor) -> Tensor:
+    """The smallest of all ranks, element by element. No gradient."""
+    if world_size() == 1:
+        return tensor
+    tensor = tensor.detach().clone()
+    dist.all_reduce(tensor, dist.ReduceOp.MIN)
+    return tensor
+
+
 def from_first_rank(tensor: Tensor) -> Tensor:
     """The tensor of rank 0, on every rank. No gradient."""
     if world_size() == 1:

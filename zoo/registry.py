@@ -7,14 +7,14 @@ import functools
 import importlib
 import json
 import pkgutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from zoo import weights as files
 from zoo.errors import ZooError, nearest
-from zoo.tokenizer import Preset, Tokenizer, make_config
+from zoo.tokenizer import Preset, Tokenizer, config_fields, make_config
 
 _registered: dict[str, Preset] = {}
 
@@ -127,5 +127,5 @@ def weights_path(name: str, weights: str | Path | None = None) -> Path:
 def save_tokenizer(tokenizer: Tokenizer, path: str | Path) -> None:
     """Write a tokenizer as one safetensors file that load_tokenizer(name, weights=path) reads, sizes included."""
     system = type(tokenizer).__module__.split(".")[-2]
-    about = {"name": tokenizer.info.name, "system": system, "config": asdict(tokenizer.config)}
+    about = {"name": tokenizer.info.name, "system": system, "config": config_fields(tokenizer.config)}
     files.save(path, tokenizer.state_dict(), about)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -242,17 +242,19 @@ class Tokenizer(nn.Module):
             raise ZooError(f"{want}, got {images.dtype}; for bytes use images.float() / 255.")
         if images.ndim != 4 or images.shape[1] != info.channels or 0 in images.shape:
             raise ZooError(f"{want}, got shape {tuple(images.shape)}.")
-        height, width = images.shape[-2:]
-        if info.size_multiple is None and (height, width) != (info.image_size, info.image_size):
-            raise ZooError(f"{want} of {info.image_size} x {info.image_size} pixels, got {height} x {width}; resize.")
-        if info.size_multiple and (height % info.size_multiple or width % info.size_multiple):
-            raise ZooError(
-                f"{want} whose sides are multiples of {info.size_multiple}, got {height} x {width}; resize or crop."
-            )
+        self.check_size(*images.shape[-2:], want)
         low, high = (bound.item() for bound in torch.aminmax(images))
         if not (low >= 0 and high <= 1):  # false for NaN too
             raise ZooError(f"{want}, got values from {low:.4g} to {high:.4g}; rescale or clamp them.")
         return images.to(self.device, self.dtype)
+
+    def check_size(self, height: int, width: int, want: str) -> None:
+        """Raise ZooError, a sentence that begins with `want`, for images of a size that the tokenizer does not take."""
+        size, multiple = self.info.image_size, self.info.size_multiple
+        if multiple is None and (height, width) != (size, size):
+            raise ZooError(f"{want} of {size} x {size} pixels, got {height} x {width}; resize.")
+        if multiple and (height % multiple or width % multiple):
+            raise ZooError(f"{want} whose sides are multiples of {multiple}, got {height} x {width}; resize or crop.")
 
     def check_tokens(self, tokens: Tokens) -> Tokens:
         """The tokens on the tokenizer's device; ZooError when a stream is missing or does not fit."""
@@ -287,6 +289,15 @@ class Tokenizer(nn.Module):
         return f"name={self.info.name!r}"
 
 
+def config_fields(config) -> dict[str, Any]:
+    """Fields of a configuration by name; one that is a configuration itself becomes a dict that also says its class."""
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    return {
+        name: {"class": type(value).__name__} | config_fields(value) if is_dataclass(value) else value
+        for name, value in values.items()
+    }
+
+
 def make_config(config, overrides: Mapping[str, Any]):
     """A copy of a configuration with some fields replaced.
 
@@ -298,7 +309,12 @@ def make_config(config, overrides: Mapping[str, Any]):
         if name not in known:
             raise ZooError(f"{type(config).__name__} has no field '{name}'{nearest(name, known)}")
         kind = type(known[name])
-        if kind is tuple and isinstance(value, Sequence) and not isinstance(value, str):
+        if is_dataclass(kind) and isinstance(value, Mapping):
+            if (given := value.get("class", kind.__name__)) != kind.__name__:
+                raise ZooError(f"{type(config).__name__}.{name} is a {kind.__name__} here, got a {given}; choose a name "
+                               "of the zoo that is made on that.")  # fmt: skip
+            value = make_config(known[name], {key: one for key, one in value.items() if key != "class"})
+        elif kind is tuple and isinstance(value, Sequence) and not isinstance(value, str):
             value = tuple(value)
         elif kind is float and type(value) is int:
             value = float(value)

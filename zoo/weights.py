@@ -24,6 +24,21 @@ PREFIXES = ("module.", "_orig_mod.", "tokenizer.")
 """What DDP, torch.compile and the zoo's own training modules put before the names of a tokenizer."""
 
 
+class MissingWeights(ZooError):
+    """A file that a measure or a loss stands on is not on this machine."""
+
+
+def published_file(url: str) -> Path:
+    """Where torch.hub keeps the file of this address. Raises MissingWeights when it is not there.
+
+    Nothing is downloaded: a command does the same with and without a network, and ranks do not race.
+    """
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
+    if not path.is_file():
+        raise MissingWeights(f"the file {path.name} is missing: download {url} into the folder {path.parent}.")
+    return path
+
+
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """State dict and metadata of a .safetensors, .pt, .pth, .bin or .ckpt file, on the CPU.
 
@@ -55,12 +70,15 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def unwrap(content, path: str | Path = "the file") -> dict[str, Tensor]:
     """The tensors by name in a checkpoint of any usual layout."""
+    of_training = isinstance(content, Mapping) and "pytorch-lightning_version" in content
     while isinstance(content, Mapping):
         nest = next((key for key in NESTS if isinstance(content.get(key), Mapping) and content[key]), None)
         if nest is None:
             break
         content = content[nest]
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    if of_training:  # beside the tokenizer there may be discriminators and running statistics
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("tokenizer.")} or tensors
     if not tensors:
         raise ZooError(f"{path} holds no tensors by name; expected a state dict, alone or under one of {list(NESTS)}.")
     while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in tensors)), None):

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import zoo
-from zoo.metrics.base import MissingWeights
 from zoo.metrics.depth import DEPTH_ERRORS, DepthErrors, depth_errors
 from zoo.metrics.frechet import Encoder, FrechetDistance
 from zoo.metrics.lpips import LPIPS
 from zoo.metrics.psnr import PSNR
 from zoo.metrics.ssim import SSIM
+from zoo.weights import MissingWeights
 
 
 def score(metric, prediction, target):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import sys
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import asdict
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -21,7 +21,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zoo.errors import ZooError, nearest
-from zoo.registry import presets, resource
+from zoo.registry import preset, presets, resource
+from zoo.tokenizer import config_fields
 
 MISTAKES = (HydraException, OmegaConfBaseException, ZooError, MisconfigurationException)
 
@@ -77,9 +78,16 @@ def compose(command: str, overrides: list[str] | None = None) -> DictConfig:
 
 def store_tokenizers() -> None:
     """Make every preset of the registry an option of the group `tokenizer`, so that its sizes stand in one place."""
-    for name, preset in presets().items():
-        node = {"_target_": "zoo.create_tokenizer", "name": name} | asdict(preset.config)
+    for name, one in presets().items():
+        node = {"_target_": "zoo.create_tokenizer", "name": name} | config_fields(one.config)
         ConfigStore.instance().store(group="tokenizer", name=name, node=node)
+
+
+def changed_fields(node: DictConfig) -> dict:
+    """Fields of cfg.tokenizer that are not the preset's, for load_tokenizer."""
+    known = json.loads(json.dumps(config_fields(preset(node.name).config)))  # tuples as lists, as they are in the node
+    fields = {name: value for name, value in OmegaConf.to_container(node).items() if name not in ("_target_", "name")}
+    return {name: value for name, value in fields.items() if value != known.get(name)}
 
 
 def check(cfg: DictConfig) -> None:

@@ -28,14 +28,14 @@ from torchmetrics import Metric
 from zoo.commands import cli
 from zoo.data import Loader
 from zoo.errors import ZooError, nearest
-from zoo.metrics.base import MissingWeights, Row
+from zoo.metrics.base import Row
 from zoo.metrics.cost import Cost, timed
 from zoo.metrics.pictures import draw_reconstructions
 from zoo.metrics.thumbnail import ThumbnailSize, thumbnail
 from zoo.metrics.tokens import TokenStatistics, numbers
-from zoo.registry import load_tokenizer, preset, weights_path
+from zoo.registry import load_tokenizer, weights_path
 from zoo.tokenizer import Tokenizer, TokenizerInfo, Tokens
-from zoo.weights import sha256_of
+from zoo.weights import MissingWeights, sha256_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
@@ -101,7 +101,7 @@ def evaluate(cfg: DictConfig) -> dict:
     Raises ZooError for what is wrong in the configuration.
     """
     check(cfg)
-    overrides = changed_fields(cfg.tokenizer)
+    overrides = cli.changed_fields(cfg.tokenizer)
     tokenizer = load_tokenizer(cfg.tokenizer.name, weights=cfg.weights, **overrides)
     info = tokenizer.info
     metrics = chosen_metrics(cfg.metrics, info)
@@ -188,14 +188,6 @@ def check(cfg: DictConfig) -> None:
     for name, least in (("limit", 1), ("pictures", 0)):
         if cfg[name] is not None and (type(cfg[name]) is not int or cfg[name] < least):
             raise ZooError(f"{name} must be an integer of at least {least}, got {cfg[name]!r}.")
-
-
-def changed_fields(node: DictConfig) -> dict:
-    """Fields of cfg.tokenizer that are not the preset's, for load_tokenizer."""
-    config = preset(node.name).config
-    fields = {name: value for name, value in OmegaConf.to_container(node).items() if name not in ("_target_", "name")}
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    return {name: value for name, value in fields.items() if value != getattr(config, name, None)}
 
 
 def chosen_metrics(node: DictConfig, info: TokenizerInfo) -> dict:

@@ -20,6 +20,7 @@ from zoo.registry import resource
 from zoo.training.callbacks import ResumingCSVLogger
 
 HARMLESS = (
+    "Detected call of `lr_scheduler.step\\(\\)` before",  # of an optimizer that has no step on every batch
     "Using ModelCheckpoint with manual optimization",  # the state after the step is the one to go on from
     "Experiment logs directory",  # ResumingCSVLogger keeps what was logged
     "`isinstance\\(treespec, LeafSpec\\)`",  # Lightning's own
@@ -37,7 +38,10 @@ def train(cfg: DictConfig) -> L.Trainer:
     for message in HARMLESS:
         warnings.filterwarnings("ignore", f".*{message}")
     L.seed_everything(cfg.seed, verbose=False)
-    module = instantiate(cfg.module, tokenizer=instantiate(cfg.tokenizer))
+    tokenizer = instantiate(cfg.tokenizer)
+    if cfg.weights is not None:
+        tokenizer = zoo.load_tokenizer(tokenizer.info.name, cfg.weights, **cli.changed_fields(cfg.tokenizer)).train()
+    module = instantiate(cfg.module, tokenizer=tokenizer)
     data = instantiate(cfg.data)
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
     loggers = [instantiate(logger) for logger in cfg.logger.values() if logger]

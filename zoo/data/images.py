@@ -14,6 +14,7 @@ from zoo.data.sources import IMAGE_SUFFIXES, BadSample
 from zoo.errors import ZooError, nearest
 
 CROPS = ("center", "random", "resized")
+INTERPOLATIONS = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR}
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Decoder:
     image_size: side of the square; None keeps the size of the file. What has that size is not resampled.
     crop: "center" and "random" scale the shorter side to image_size and cut a square out there; "resized" cuts out a
         part of the picture, its area a share from `crop_scale` and its aspect ratio from 3/4 to 4/3, and scales that.
-        All bicubic with antialiasing.
+    interpolation: of images, "bicubic" or "bilinear", both with antialiasing.
     """
 
     fields: Sequence[str] = ("image",)
@@ -33,8 +34,13 @@ class Decoder:
     crop: str = "center"
     crop_scale: Sequence[float] = (0.8, 1.0)
     flip: bool = False
+    interpolation: str = "bicubic"
 
     def __post_init__(self):
+        if self.interpolation not in INTERPOLATIONS:
+            raise ZooError(
+                f"interpolation={self.interpolation!r} is unknown{nearest(str(self.interpolation), INTERPOLATIONS)}"
+            )
         if isinstance(self.fields, str) or not self.fields:
             raise ZooError(f"fields must be a list such as [image, caption], got {self.fields!r}")
         if self.crop not in CROPS:
@@ -82,7 +88,8 @@ class Decoder:
     def _image(self, suffix: str, data: bytes, rng: random.Random | None) -> np.ndarray:
         image = read_rgb(suffix, data)
         if self.image_size:
-            image = fit(image, self.image_size, self.crop, self.crop_scale, rng)
+            resample = INTERPOLATIONS[self.interpolation]
+            image = fit(image, self.image_size, self.crop, self.crop_scale, rng, resample)
         if self.flip and rng.random() < 0.5:
             image = ImageOps.mirror(image)
         if image.mode == "F":

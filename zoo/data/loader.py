@@ -74,6 +74,7 @@ class Loader(DataLoader):
         crop: str = "center",
         crop_scale: Sequence[float] = (0.8, 1.0),
         flip: bool = False,
+        interpolation: str = "bicubic",
     ):
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -91,7 +92,8 @@ class Loader(DataLoader):
             raise ZooError(f"rank must be below world_size={world_size}, got {rank}")
         if not 0 <= max_bad_share <= 1:
             raise ZooError(f"max_bad_share must be a share from 0 to 1, got {max_bad_share}")
-        decoder = Decoder(fields, image_size, *((crop, crop_scale, flip) if training else ()))
+        augmentation = {"crop": crop, "crop_scale": crop_scale, "flip": flip} if training else {}
+        decoder = Decoder(fields, image_size, interpolation=interpolation, **augmentation)
         place = rank, world_size, num_workers
         if training:
             batches = TrainingBatches(

@@ -1,14 +1,11 @@
 """What every measure of a reconstruction shares."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-
-from zoo.errors import ZooError
 
 
 class Row(NamedTuple):
@@ -20,21 +17,6 @@ class Row(NamedTuple):
     better: str = ""
     """"higher", "lower", or "" where neither is."""
     format: str = ".3f"
-
-
-class MissingWeights(ZooError):
-    """A file that a measure stands on is not on this machine; the evaluation goes on without it."""
-
-
-def published_file(url: str) -> Path:
-    """Where torch.hub keeps the file of this address. Raises MissingWeights when it is not there.
-
-    Nothing is downloaded: an evaluation gives the same table with and without a network, and ranks do not race.
-    """
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
-    if not path.is_file():
-        raise MissingWeights(f"the file {path.name} is missing: download {url} into the folder {path.parent}.")
-    return path
 
 
 class PerImage(Metric):

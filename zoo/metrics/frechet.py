@@ -6,9 +6,10 @@ from torch.nn.functional import interpolate
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 
 from zoo.errors import ZooError
-from zoo.metrics.base import Row, published_file
+from zoo.metrics.base import Row
 from zoo.registry import load_tokenizer
 from zoo.tokenizer import Tokenizer
+from zoo.weights import published_file
 
 LARGEST = 4096
 """Features beyond which a covariance takes gigabytes."""

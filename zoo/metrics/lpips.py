@@ -2,7 +2,8 @@ import torchvision
 from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
 
 from zoo.errors import ZooError
-from zoo.metrics.base import Row, published_file
+from zoo.metrics.base import Row
+from zoo.weights import published_file
 
 BACKBONES = {
     "alex": torchvision.models.AlexNet_Weights.DEFAULT,

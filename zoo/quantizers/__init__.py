@@ -1,6 +1,17 @@
-"""Quantizers and the search they share."""
+"""Quantizers that systems share."""
 
 from zoo.quantizers.ema import EMAQuantizer, Quantized, code_statistics, perplexity
+from zoo.quantizers.posterior import GaussianPosterior
 from zoo.quantizers.search import nearest_code, squared_distances
+from zoo.quantizers.vector import VectorQuantizer
 
-__all__ = ["EMAQuantizer", "Quantized", "code_statistics", "nearest_code", "perplexity", "squared_distances"]
+__all__ = [
+    "EMAQuantizer",
+    "GaussianPosterior",
+    "Quantized",
+    "VectorQuantizer",
+    "code_statistics",
+    "nearest_code",
+    "perplexity",
+    "squared_distances",
+]

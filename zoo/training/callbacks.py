@@ -1,4 +1,4 @@
-"""What happens beside the training loop: pictures at each validation, and a metrics.csv that survives a resume."""
+"""What happens beside the training loop: pictures, an average of weights, a metrics.csv that survives a resume."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torchvision.utils import make_grid, save_image
 
@@ -25,6 +26,14 @@ class ReconstructionPictures(L.Callback):
         rows = torch.cat([images, reconstructions, (images - reconstructions).abs()])
         self.folder.mkdir(parents=True, exist_ok=True)
         save_image(make_grid(rows, nrow=len(images)), self.folder / f"step-{trainer.global_step:07d}.png")
+
+
+class EpochWeightAveraging(EMAWeightAveraging):
+    """An exponential moving average of weights that starts anew from the current weights at each epoch."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        if batch_idx == 0:
+            self._average_model.module.load_state_dict(module.state_dict())
 
 
 class ResumingCSVLogger(CSVLogger):

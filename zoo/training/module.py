@@ -27,13 +27,15 @@ class TrainingModule(L.LightningModule):
     A system writes `losses`, a generator that yields (optimizer, loss, what to log) in the order in which its recipe
     steps. After each yield the loss is propagated into that optimizer's parameters only and the optimizer steps, so
     the code after a yield sees the updated weights: a discriminator and a generator sharing one forward pass are two
-    yields. Random numbers of a step are a function of (seed, batch, rank), so that a resumed run is the same run.
+    yields. Random numbers of a step are a function of (seed, batch, rank), so that a resumed run is the same run; what
+    all ranks have to draw alike comes from `shared_generator`.
 
     Args:
         tokenizer: what is trained.
-        optimizers: {name: partial torch optimizer waiting for its parameter groups}; steps of the run are those of the
-            first of `optimized`.
-        schedules: {name: function of zoo.training.schedules, its own arguments bound}; default: constant.
+        optimizers: {name: partial torch optimizer waiting for its parameter groups}. A step of the run is a batch (or
+            `accumulate` batches), whichever of them step on it.
+        schedules: {name: function of zoo.training.schedules, its own arguments bound}; default: constant. They follow
+            the steps of the run.
         gradient_clip: largest norm of an optimizer's gradient; 0: no clipping.
         accumulate: batches whose gradients make one step.
         max_bad_steps: a step whose gradient is not finite is skipped; more than this many in a row end the run.
@@ -87,11 +89,25 @@ class TrainingModule(L.LightningModule):
             )
         return configured
 
+    def clipped(self, name: str, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Those parameters of an optimizer whose gradients are measured and clipped."""
+        return parameters
+
+    def shared_generator(self, device: torch.device | str = "cpu") -> torch.Generator:
+        """Random numbers of this batch that are the same on every rank."""
+        state = np.random.SeedSequence([self.seed, self._batch_number]).generate_state(1)
+        return torch.Generator(device).manual_seed(int(state[0]))
+
+    def own_rows(self, rows: Tensor) -> Tensor:
+        """This rank's part (B, ...) of what was drawn for the images of all ranks (world size * B, ...)."""
+        return rows.tensor_split(self.trainer.world_size)[self.global_rank]
+
+    @property
+    def _batch_number(self) -> int:
+        return self.trainer.fit_loop.epoch_loop.total_batch_idx
+
     def on_train_batch_start(self, batch, batch_idx):
-        entropy = np.random.SeedSequence(
-            [self.seed, self.trainer.fit_loop.epoch_loop.total_batch_idx, self.global_rank]
-        )
-        seeds = entropy.generate_state(3)
+        seeds = np.random.SeedSequence([self.seed, self._batch_number, self.global_rank]).generate_state(3)
         random.seed(int(seeds[0]))
         np.random.seed(seeds[1])
         torch.manual_seed(int(seeds[2]))
@@ -99,8 +115,7 @@ class TrainingModule(L.LightningModule):
     def training_step(self, batch: dict, batch_idx: int) -> None:
         completes = (batch_idx + 1) % self.accumulate == 0 or self.trainer.is_last_batch
         optimizers = dict(zip(self.recipe, _as_list(self.optimizers()), strict=True))
-        schedulers = dict(zip(self.recipe, _as_list(self.lr_schedulers()), strict=True))
-        for name, loss, logs in self.losses(batch):
+        for i, (name, loss, logs) in enumerate(self.losses(batch)):
             optimizer = optimizers[name]
             # With one optimizer all gradients are its own; `inputs` costs DDP a search for unused parameters.
             inputs = {} if len(optimizers) == 1 else {"inputs": _parameters(optimizer)}
@@ -108,11 +123,13 @@ class TrainingModule(L.LightningModule):
                 self.manual_backward(loss / self.accumulate, **inputs)
             if completes:
                 logs = logs | {f"lr/{name}": optimizer.param_groups[0]["lr"]}
-                norm = self._step(optimizer, counts=name == next(iter(optimizers)))
-                schedulers[name].step()
+                norm = self._step(name, optimizer, counts=i == 0)
                 self._unchecked.append((self.global_step, batch.get("key", []), norm))
                 logs[f"gradient_norm/{name}"] = norm
             self.log_dict({f"train/{key}": value for key, value in logs.items()}, batch_size=batch_size(batch))
+        if completes:
+            for scheduler in _as_list(self.lr_schedulers()):
+                scheduler.step()
         self._log_throughput(batch_size(batch))
         if self.device.type == "cpu" or len(self._unchecked) >= self.trainer.log_every_n_steps:
             self._check_bad_steps()
@@ -130,7 +147,7 @@ class TrainingModule(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         self._check_bad_steps()
 
-    def _step(self, optimizer, counts: bool) -> Tensor:
+    def _step(self, name: str, optimizer, counts: bool) -> Tensor:
         """Clip and step without reading anything back from the device; returns the gradient's norm before clipping."""
         raw = optimizer.optimizer
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -139,17 +156,17 @@ class TrainingModule(L.LightningModule):
         if isinstance(self.trainer.strategy, FSDPStrategy):
             norm = self.trainer.strategy.model.clip_grad_norm_(self.gradient_clip or float("inf"))
         else:
-            gradients = [p.grad for p in _parameters(raw) if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+            parameters = self.clipped(name, _parameters(raw))
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if self.gradient_clip:
-                torch.nn.utils.clip_grads_with_norm_(_parameters(raw), self.gradient_clip, norm)
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
         if scaler is None:
             bad = (~torch.isfinite(norm)).float()
             if getattr(raw, "_step_supports_amp_scaling", False):
                 raw.grad_scale, raw.found_inf = None, bad  # a fused optimizer skips the step on the device
             elif bad:
                 optimizer.zero_grad()
-        # Only steps of the first optimizer count as steps of the run.
+        # The first step of a batch counts as the step of the run.
         optimizer.step() if counts else self.trainer.strategy.optimizer_step(raw, closure=lambda: None)
         optimizer.zero_grad()
         return norm.detach()

@@ -10,10 +10,19 @@ def constant(step: int, total: int, epoch: int, warmup_steps: int = 0) -> float:
     return min(1.0, step / warmup_steps) if warmup_steps else 1.0
 
 
-def cosine(step: int, total: int, epoch: int, warmup_steps: int = 0, min_ratio: float = 0.0) -> float:
-    """Linear warm-up from 0, then half a cosine from 1 to min_ratio at the last step. ZooError when there is no end."""
+def cosine(
+    step: int, total: int, epoch: int, warmup_steps: int = 0, min_ratio: float = 0.0, warmup_epochs: float = 0.0
+) -> float:
+    """Linear warm-up from 0 over warmup_steps or warmup_epochs, then half a cosine from 1 to min_ratio at the last step.
+
+    Raises ZooError when the run has no end, or an epoch none and warmup_epochs are asked for.
+    """
     if total < 0:
         raise ZooError("a cosine schedule needs the length of the run; set trainer.max_steps or trainer.max_epochs.")
+    if warmup_epochs:
+        if epoch < 0:
+            raise ZooError("warmup_epochs needs the length of an epoch, which is unknown; set schedule.warmup_steps.")
+        warmup_steps = warmup_epochs * epoch
     if step < warmup_steps:
         return step / warmup_steps
     share = min(1.0, (step - warmup_steps) / max(1, total - warmup_steps))

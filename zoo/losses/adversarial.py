@@ -1,0 +1,82 @@
+"""The patch discriminator and the losses of VQGAN (arXiv 2012.09841, section 3.2) and its descendants."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from zoo.distributed import sum_over_ranks, world_size
+from zoo.nn.normalization import BatchNorm2d
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN (arXiv 1611.07004): images (B, 3, H, W) to logits (B, 1, H / 8 - 2, W / 8 - 2), real above fake.
+
+    Batch statistics are those of all ranks.
+    """
+
+    def __init__(self, in_channels: int = 3, width: int = 64, num_layers: int = 3):
+        super().__init__()
+        layers, inner = [nn.Conv2d(in_channels, width, 4, 2, 1), nn.LeakyReLU(0.2)], width
+        for i in range(1, num_layers + 1):
+            outer, stride = width * min(2**i, 8), 2 if i < num_layers else 1
+            conv = nn.Conv2d(inner, outer, 4, stride, 1, bias=False)
+            layers += [conv, BatchNorm2d(outer), nn.LeakyReLU(0.2)]
+            inner = outer
+        self.main = nn.Sequential(*layers, nn.Conv2d(inner, 1, 4, 1, 1))
+        for module in self.main:
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, BatchNorm2d):
+                nn.init.normal_(module.weight, 1.0, 0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.main(images)
+
+
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """0.5 (mean relu(1 - real) + mean relu(1 + fake)) of logits."""
+    return 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, layer: Tensor) -> Tensor:
+    """|grad of the reconstruction loss| / (|grad of the adversarial loss| + 1e-4), within 0..1e4, without gradient.
+
+    Gradients are those of the decoder's last layer, averaged over ranks, so that all ranks have the same weight.
+    """
+    grads = [torch.autograd.grad(loss, layer, retain_graph=True)[0] for loss in (reconstruction, adversarial)]
+    of_reconstruction, of_adversarial = (g.norm() / world_size() for g in sum_over_ranks(*grads))
+    return (of_reconstruction / (of_adversarial + 1e-4)).clamp(0, 1e4).detach()
+
+
+def generator_loss(
+    images: Tensor,
+    reconstructions: Tensor,
+    perceptual: Tensor | None,
+    logits_fake: Tensor,
+    last_layer: Tensor,
+    weight: float,
+    factor: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L1 + LPIPS + factor * w * adversarial, with w = weight * adaptive_weight and adversarial = -mean(logits).
+
+    images, reconstructions: (B, C, H, W); perceptual: LPIPS of each image (B, 1, 1, 1), None: left out; logits_fake: of
+    the discriminator on the reconstructions; factor: 0 before the discriminator counts, else 1.
+    """
+    pixels = (images - reconstructions).abs().mean()
+    lpips = pixels.new_zeros(()) if perceptual is None else perceptual.mean()
+    nll = pixels + lpips
+    adversarial = -logits_fake.mean()
+    weight = weight * adaptive_weight(nll, adversarial, last_layer)
+    loss = nll + factor * weight * adversarial
+    logs = {"nll": nll, "l1": pixels, "lpips": lpips, "adversarial": adversarial, "adversarial_weight": weight}
+    return loss, {name: value.detach() for name, value in logs.items()}
+
+
+def discriminator_loss(logits_real: Tensor, logits_fake: Tensor, factor: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """factor * hinge_loss, and what to log."""
+    loss = factor * hinge_loss(logits_real, logits_fake)
+    logs = {"discriminator": loss, "logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
+    return loss, {name: value.detach() for name, value in logs.items()}

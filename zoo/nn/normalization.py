@@ -1,0 +1,34 @@
+"""Normalisation over the batches of all ranks."""
+
+import torch
+import torch.distributed.nn.functional as collective
+from torch import Tensor, nn
+
+from zoo.distributed import world_size
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm whose training statistics are those of all ranks, on any device (torch's SyncBatchNorm needs a GPU).
+
+    N ranks with batches of B are one rank with N * B, running averages included.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            values = x.float()
+            per_rank = torch.stack([values.mean((0, 2, 3)), values.square().mean((0, 2, 3))])
+            mean, square = (collective.all_reduce(per_rank) / world_size()).unbind()  # ranks have equal batches
+            variance = (square - mean.square()).clamp(min=0)
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                count = x.numel() / x.shape[1] * world_size()
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            scale = self.weight * (variance + self.eps).rsqrt()
+            return (values * _channels(scale) + _channels(self.bias - mean * scale)).to(x.dtype)
+
+
+def _channels(vector: Tensor) -> Tensor:
+    return vector[:, None, None]

@@ -1,0 +1,1 @@
+"""KARL: as many tokens as an image needs, found in one pass."""

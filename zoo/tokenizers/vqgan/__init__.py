@@ -1,0 +1,1 @@
+"""VQGAN: the convolutional autoencoder with a codebook that KARL distils from."""

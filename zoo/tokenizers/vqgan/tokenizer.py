@@ -1,0 +1,106 @@
+"""The VQGAN of MAGE (arXiv 2211.09117) and MaskGIT (arXiv 2202.04200): a convolutional autoencoder with a codebook."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from zoo.errors import ZooError
+from zoo.nn.autoencoder import AutoencoderConfig, Decoder, Encoder, to_map, to_tokens
+from zoo.quantizers import EMAQuantizer, Quantized, VectorQuantizer
+from zoo.tokenizer import Preset, Tokenizer, TokenizerInfo, Tokens, Weights
+
+
+@dataclass(frozen=True)
+class VQGANConfig(AutoencoderConfig):
+    """Sizes of the VQGAN; the defaults are MAGE's published tokenizer of 16 x 16 tokens."""
+
+    embed_dim: int = 256
+    style: str = "mage"
+    attention: tuple[int, ...] = ()
+    value_range: tuple[float, float] = (0.0, 1.0)
+    codebook_size: int = 1024
+    commitment: float = 1.0
+    """Weight of mean((sg(code) - z)^2)."""
+    codebook_weight: float = 0.25
+    """Weight of mean((code - sg(z))^2); these two weights are the other way round than in the paper, as published."""
+    ema_decay: float = 0.0
+    """Codes become running means with this decay, started from data, those that fall out of use restarted (not
+    published, for training small codebooks); 0: learned by gradient, as published."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.codebook_size < 1:
+            raise ZooError(f"VQGANConfig.codebook_size must be at least 1, got {self.codebook_size}.")
+
+
+class VQGANTokenizer(Tokenizer):
+    """Maps images (B, 3, H, W) to ids on a grid of H/downsample x W/downsample, and back."""
+
+    Config = VQGANConfig
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__(config)
+        c = config
+        self.encoder = Encoder(c, c.embed_dim)
+        if c.ema_decay:
+            self.quantizer = EMAQuantizer(
+                c.codebook_size, c.embed_dim, c.ema_decay, c.commitment, init="data", restart_below=1.0
+            )
+        else:
+            self.quantizer = VectorQuantizer(c.codebook_size, c.embed_dim, c.commitment, c.codebook_weight)
+        self.decoder = Decoder(c, c.embed_dim)
+        self.info = TokenizerInfo(
+            system="vqgan",
+            paper="arXiv:2211.09117",
+            image_size=c.image_size,
+            size_multiple=c.downsample,
+            channels=c.in_channels,
+            kind="discrete",
+            streams=("image",),
+            codebook_sizes={"image": c.codebook_size},
+            max_tokens=(c.image_size // c.downsample) ** 2,
+        )
+
+    def forward(self, values: Tensor) -> tuple[Tensor, Quantized]:
+        """Values (B, 3, H, W) to their reconstruction and the quantizer's output over (B, h, w, D)."""
+        quantized = self.quantizer(self.encoder(values).movedim(1, -1))
+        return self.decoder(quantized.quantized.movedim(-1, 1)), quantized
+
+    def _encode(self, images: Tensor) -> Tokens:
+        features = self.encoder(self.config.to_values(images))
+        return Tokens(ids={"image": self.quantizer.encode(to_tokens(features))}, grid=tuple(features.shape[2:]))
+
+    def _decode(self, tokens: Tokens) -> Tensor:
+        codes = self.quantizer.codebook[tokens.ids["image"]]
+        return self.config.to_images(self.decoder(to_map(codes, tokens.grid)))
+
+
+PRESETS = {
+    "vqgan-f16": Preset(
+        VQGANTokenizer,
+        VQGANConfig(),
+        "VQGAN of MAGE, base of KARL: 256 x 256 images, 256 tokens of 1024 codes",
+        Weights(
+            manual="tokenizer_ckpts/vqgan_jax_strongaug.ckpt of https://github.com/LTH14/mage from its Drive folder"
+        ),
+        "MIT",
+    ),
+    "vqgan-tiny": Preset(
+        VQGANTokenizer,
+        VQGANConfig(
+            image_size=64,
+            channels=16,
+            multipliers=(1, 2, 4, 4),
+            num_blocks=1,
+            embed_dim=32,
+            norm_groups=8,
+            codebook_size=512,
+            commitment=0.25,
+            ema_decay=0.99,
+        ),
+        "small VQGAN trained on the embedded scenes: 64 x 64 images, 64 tokens of 512 codes",
+        Weights("vqgan-tiny.safetensors"),
+    ),
+}
