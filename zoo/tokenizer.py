@@ -311,8 +311,8 @@ def make_config(config, overrides: Mapping[str, Any]):
         kind = type(known[name])
         if is_dataclass(kind) and isinstance(value, Mapping):
             if (given := value.get("class", kind.__name__)) != kind.__name__:
-                raise ZooError(f"{type(config).__name__}.{name} is a {kind.__name__} here, got a {given}; choose a name "
-                               "of the zoo that is made on that.")  # fmt: skip
+                owner = type(config).__name__
+                raise ZooError(f"{owner}.{name} is a {kind.__name__} here, got a {given}; choose a name made on that.")
             value = make_config(known[name], {key: one for key, one in value.items() if key != "class"})
         elif kind is tuple and isinstance(value, Sequence) and not isinstance(value, str):
             value = tuple(value)

@@ -123,12 +123,12 @@ def test_the_report_is_complete(folder, tmp_path, monkeypatch, capsys):
     assert run["versions"].keys() == {"python", "torch", "zoo", "torchmetrics", "lightning"}
     assert run.keys() >= {"date", "command", "device", "devices"}
     ours, thumbnail = report["rows"]
-    for key in ("psnr", "ssim", "fd[mosaic-latents]"):
+    for key in ("mae", "psnr", "ssim", "fd[mosaic-latents]"):
         assert ours["metrics"][key] > 0
         assert thumbnail["metrics"][key] > 0
     for key in ("encode_per_second", "decode_per_second", "peak_process_memory", "codebook_use/image"):
         assert ours["metrics"][key] > 0
-    assert (ours["metrics"]["tokens_mean"], ours["metrics"]["bits"]) == (16, 64)
+    assert (ours["metrics"]["tokens_mean"], ours["metrics"]["bits"]) == (16, 64 + 16)  # and which are live
     assert (thumbnail["metrics"]["numbers"], thumbnail["metrics"]["bits"]) == (12, 384)
     assert Image.open(tmp_path / "out/reconstructions.png").width > 500
     table = capsys.readouterr().out
@@ -146,12 +146,16 @@ def test_what_is_missing_is_said_with_file_and_folder_and_the_rest_goes_on(folde
     assert "alexnet-owt-7be5be79.pth" in capsys.readouterr().out
 
 
-def test_a_list_of_settings_is_a_row_for_each(folder, tmp_path):
+def test_a_list_of_settings_is_a_row_for_each(folder, tmp_path, capsys):
     report = evaluate(folder, tmp_path, "encode.keep=[4,16]", "~metrics.auto.pixels.fd")
     assert [row["settings"] for row in report["rows"]] == [{"keep": 4}, {"keep": 4}, {"keep": 16}, {"keep": 16}]
     assert [row["metrics"].get("tokens_mean") for row in report["rows"]] == [4, None, 16, None]
     assert report["rows"][0]["metrics"]["psnr"] < report["rows"][2]["metrics"]["psnr"]
     assert len(list((tmp_path / "out").glob("reconstructions-*.png"))) == 2
+    assert Image.open(tmp_path / "out/rate-distortion.png").width > 500
+    _, table = capsys.readouterr().out.split("settings of encode, one a line")
+    lines = [line.split("│")[1:-1] for line in table.splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in line[:4]] for line in lines] == [["4", "4", "4", "4"], ["16", "16", "16", "16"]]
 
 
 def test_an_embedding_has_tokens_and_speed_only(folder, tmp_path):

@@ -30,7 +30,7 @@ from zoo.data import Loader
 from zoo.errors import ZooError, nearest
 from zoo.metrics.base import Row
 from zoo.metrics.cost import Cost, timed
-from zoo.metrics.pictures import draw_reconstructions
+from zoo.metrics.pictures import draw_rate_distortion, draw_reconstructions
 from zoo.metrics.thumbnail import ThumbnailSize, thumbnail
 from zoo.metrics.tokens import TokenStatistics, numbers
 from zoo.registry import load_tokenizer, weights_path
@@ -39,6 +39,8 @@ from zoo.weights import MissingWeights, sha256_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
+SWEPT = ("tokens_mean", "tokens_p10", "tokens_p90", "bits", "mae", "psnr")
+"""Measures of the table that has one line for each setting."""
 COLUMNS = 4
 """Rows of the report side by side in one table, which then fits 100 characters."""
 
@@ -256,7 +258,7 @@ def about_the_run(fabric: Fabric) -> dict:
 
 
 def write(report: dict, rows: dict[str, Row], images: Tensor, results: list, cfg: DictConfig) -> None:
-    """metrics.json, a picture for each setting, and the table on the terminal."""
+    """metrics.json, a picture for each setting and one of all of them, and the tables on the terminal."""
     folder = Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
@@ -268,6 +270,10 @@ def write(report: dict, rows: dict[str, Row], images: Tensor, results: list, cfg
     console = Console(highlight=False)
     for i in range(0, len(report["rows"]), COLUMNS):
         console.print(table(report["rows"][i : i + COLUMNS], rows, report["protocol"]))
+    if len(results) > 1:
+        console.print(sweep_table(report["rows"], rows))
+        if "psnr" in rows:
+            draw_sweep(folder / "rate-distortion.png", report["rows"], rows)
     for entry in report["rows"][:1]:
         for name, reason in entry["missing"].items():
             console.print(f"{rows[name].title if name in rows else name}: {reason}", soft_wrap=True, markup=False)
@@ -293,6 +299,39 @@ def table(entries: list[dict], rows: dict[str, Row], protocol: dict) -> Table:
                 cells.append(f"[bold]{value:{row.format}}[/]" if value == best else f"{value:{row.format}}")
         table.add_row(row.title.replace("[", r"\[") + ARROWS[row.better], *cells)
     return table
+
+
+def sweep_table(entries: list[dict], rows: dict[str, Row]) -> Table:
+    """One line for each setting: what was asked, what came out, and the thumbnail's PSNR."""
+    table = Table(title="settings of encode, one a line")
+    shown = [row for name in SWEPT if (row := rows.get(name))]
+    tokenizer = entries[0]["name"]
+    for title in (*entries[0]["settings"], *(row.title for row in shown)):
+        table.add_column(title, justify="right")
+    thumbnails = [entry for entry in entries if entry["name"] != tokenizer]
+    if thumbnails and "psnr" in rows:
+        table.add_column("thumbnail PSNR, dB", justify="right")
+    for i, entry in enumerate(entry for entry in entries if entry["name"] == tokenizer):
+        cells = [str(value) for value in entry["settings"].values()]
+        for row in shown:
+            value = entry["metrics"].get(row.name)
+            cells.append("missing" if value is None else f"{value:{row.format}}")
+        if thumbnails and "psnr" in rows:
+            cells.append(f"{thumbnails[i]['metrics']['psnr']:.2f}")
+        table.add_row(*cells)
+    return table
+
+
+def draw_sweep(path: Path, entries: list[dict], rows: dict[str, Row]) -> None:
+    """PSNR against numbers per image, one point for each setting of encode."""
+    curves = {}
+    for entry in entries:
+        metrics = entry["metrics"]
+        own = entry["name"] == entries[0]["name"]
+        text = ", ".join(str(value) for value in entry["settings"].values()) if own else ""
+        if metrics["psnr"] is not None:
+            curves.setdefault(entry["name"], []).append((metrics["numbers"], metrics["psnr"], text))
+    draw_rate_distortion(path, curves, (rows["numbers"].title, rows["psnr"].title))
 
 
 def label(name: str, settings: dict) -> str:

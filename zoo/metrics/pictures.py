@@ -49,6 +49,22 @@ def draw_reconstructions(path: Path, images: Tensor, columns: dict[str, Tensor],
     figure.savefig(path, dpi=110)
 
 
+def draw_rate_distortion(path: Path, curves: dict[str, list[tuple[float, float, str]]], axes: tuple[str, str]) -> None:
+    """Write a PNG with one curve per name through its points (x, y, text beside the point); axes: titles of x and y."""
+    figure = Figure((5.2, 3.8), layout="constrained")
+    plot = figure.subplots()
+    for name, points in curves.items():
+        points = sorted(points)
+        plot.plot([p[0] for p in points], [p[1] for p in points], "o-", markersize=4, label=name)
+        for x, y, text in points:
+            plot.annotate(text, (x, y), textcoords="offset points", xytext=(5, -9), fontsize=7)
+    plot.set(xlabel=axes[0], ylabel=axes[1])
+    plot.grid(alpha=0.3)
+    plot.spines[["top", "right"]].set_visible(False)
+    plot.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
 def _shown(image: Tensor) -> tuple:
     """Arguments of imshow: RGB as it is, one channel in colours that keep its order."""
     return (image.movedim(0, -1).numpy(),) if len(image) == 3 else (image[0].numpy(), "viridis")

@@ -21,7 +21,8 @@ class TokenStatistics(Metric):
     """How many tokens an image takes, and how evenly each codebook is used over the data set.
 
     Only live tokens count. tokens_mean, tokens_p10, tokens_p90: positions per image; numbers: ids or latent values
-    per image; bits: log2 of the codebook per id, latents as they are stored; codebook_use/STREAM: share of codes
+    per image; bits: log2 of the codebook per id, latents as they are stored, and where the length varies one bit per
+    position that says whether its token is live; codebook_use/STREAM: share of codes
     that occur at all; perplexity/STREAM: exp of the entropy of the distribution of codes in nats.
     """
 
@@ -51,6 +52,8 @@ class TokenStatistics(Metric):
     def update(self, tokens: Tokens) -> None:
         self.lengths += tokens.lengths.bincount(minlength=LONGEST + 1)
         self.numbers += numbers(tokens).sum()
+        if self.info.variable_length:
+            self.bits += tokens.mask.numel()
         for name, size in self.info.codebook_sizes.items():
             live = tokens.ids[name][tokens.mask]
             self.bits += live.numel() * math.log2(size)

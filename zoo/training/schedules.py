@@ -13,7 +13,7 @@ def constant(step: int, total: int, epoch: int, warmup_steps: int = 0) -> float:
 def cosine(
     step: int, total: int, epoch: int, warmup_steps: int = 0, min_ratio: float = 0.0, warmup_epochs: float = 0.0
 ) -> float:
-    """Linear warm-up from 0 over warmup_steps or warmup_epochs, then half a cosine from 1 to min_ratio at the last step.
+    """Linear warm-up from 0 over warmup_steps (or warmup_epochs), then half a cosine from 1 to min_ratio at the end.
 
     Raises ZooError when the run has no end, or an epoch none and warmup_epochs are asked for.
     """

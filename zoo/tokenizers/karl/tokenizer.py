@@ -369,7 +369,7 @@ class KarlTokenizer(Tokenizer):
         low, high = (bound.item() for bound in torch.aminmax(errors))
         top = torch.tensor(highest, dtype=torch.float32).item()
         if not (low >= 0 and high <= top):  # false for NaN too
-            got = f"{low:.4g}" if low == high else f"values from {low:.4g} to {high:.4g}"
+            got = f"values from {low:.4g} to {high:.4g}" if errors.ndim else f"{errors.item():.4g}"
             raise ZooError(f"{want}, got {got}.")
         return errors.expand(batch).clone()
 

@@ -85,7 +85,7 @@ def karl_pass(tokenizer: KarlTokenizer, grid: Tensor, bins: Tensor, length: int,
 
 
 def halting_loss(logits: Tensor, num_halted: int) -> Logs:
-    """Cross entropies of halting probabilities (B, T): the last num_halted tokens should halt, the others should not."""
+    """Cross entropies of halting logits (B, T): the last num_halted tokens should halt, the others should not."""
     active, halted = logits[:, : logits.shape[1] - num_halted], logits[:, logits.shape[1] - num_halted :]
     losses = {"active": F.binary_cross_entropy_with_logits(active, torch.zeros_like(active))}
     if num_halted:

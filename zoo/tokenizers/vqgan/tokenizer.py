@@ -26,8 +26,10 @@ class VQGANConfig(AutoencoderConfig):
     codebook_weight: float = 0.25
     """Weight of mean((code - sg(z))^2); these two weights are the other way round than in the paper, as published."""
     ema_decay: float = 0.0
-    """Codes become running means with this decay, started from data, those that fall out of use restarted (not
-    published, for training small codebooks); 0: learned by gradient, as published."""
+    """Codes become running means with this decay, started from data (not published, for training small codebooks); 0:
+    learned by gradient, as published."""
+    restart_below: float = 0.0
+    """Of running means, those whose count in a batch falls below this are restarted from data; 0: never."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -46,7 +48,7 @@ class VQGANTokenizer(Tokenizer):
         self.encoder = Encoder(c, c.embed_dim)
         if c.ema_decay:
             self.quantizer = EMAQuantizer(
-                c.codebook_size, c.embed_dim, c.ema_decay, c.commitment, init="data", restart_below=1.0
+                c.codebook_size, c.embed_dim, c.ema_decay, c.commitment, init="data", restart_below=c.restart_below
             )
         else:
             self.quantizer = VectorQuantizer(c.codebook_size, c.embed_dim, c.commitment, c.codebook_weight)
@@ -82,9 +84,7 @@ PRESETS = {
         VQGANTokenizer,
         VQGANConfig(),
         "VQGAN of MAGE, base of KARL: 256 x 256 images, 256 tokens of 1024 codes",
-        Weights(
-            manual="tokenizer_ckpts/vqgan_jax_strongaug.ckpt of https://github.com/LTH14/mage from its Drive folder"
-        ),
+        Weights(manual="the VQGAN tokenizer that the README of https://github.com/LTH14/mage links to"),
         "MIT",
     ),
     "vqgan-tiny": Preset(
@@ -92,13 +92,14 @@ PRESETS = {
         VQGANConfig(
             image_size=64,
             channels=16,
-            multipliers=(1, 2, 4, 4),
+            multipliers=(1, 1, 4, 4),
             num_blocks=1,
             embed_dim=32,
             norm_groups=8,
             codebook_size=512,
             commitment=0.25,
             ema_decay=0.99,
+            restart_below=1.0,
         ),
         "small VQGAN trained on the embedded scenes: 64 x 64 images, 64 tokens of 512 codes",
         Weights("vqgan-tiny.safetensors"),
