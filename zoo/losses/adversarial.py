@@ -52,26 +52,24 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, layer: Tensor) 
 
 
 def generator_loss(
-    images: Tensor,
-    reconstructions: Tensor,
+    pixels: Tensor,
     perceptual: Tensor | None,
     logits_fake: Tensor,
     last_layer: Tensor,
     weight: float,
     factor: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L1 + LPIPS + factor * w * adversarial, with w = weight * adaptive_weight and adversarial = -mean(logits).
+    """pixels + LPIPS + factor * w * adversarial, with w = weight * adaptive_weight and adversarial = -mean(logits).
 
-    images, reconstructions: (B, C, H, W); perceptual: LPIPS of each image (B, 1, 1, 1), None: left out; logits_fake: of
-    the discriminator on the reconstructions; factor: 0 before the discriminator counts, else 1.
+    pixels: loss of the reconstruction, scalar; perceptual: LPIPS of each image (B, 1, 1, 1), None: left out;
+    logits_fake: of the discriminator on the reconstructions; factor: 0 before the discriminator counts, else 1.
     """
-    pixels = (images - reconstructions).abs().mean()
     lpips = pixels.new_zeros(()) if perceptual is None else perceptual.mean()
     nll = pixels + lpips
     adversarial = -logits_fake.mean()
     weight = weight * adaptive_weight(nll, adversarial, last_layer)
     loss = nll + factor * weight * adversarial
-    logs = {"nll": nll, "l1": pixels, "lpips": lpips, "adversarial": adversarial, "adversarial_weight": weight}
+    logs = {"nll": nll, "pixels": pixels, "lpips": lpips, "adversarial": adversarial, "adversarial_weight": weight}
     return loss, {name: value.detach() for name, value in logs.items()}
 
 

@@ -302,7 +302,8 @@ def gan(vectors: Vectors, about: dict) -> dict[str, Tensor]:
     out = {"reconstruction": reconstruction, "lpips": lpips, "eps0": (image - reconstruction).abs().flatten(1).mean(1)}
     fake = discriminator(reconstruction)
     out["logits_fake_map"] = fake
-    total, logs = generator_loss(image, reconstruction, lpips, fake, layer, 0.8, 1.0)
+    pixels = (image - reconstruction).abs().mean()
+    total, logs = generator_loss(pixels, lpips, fake, layer, 0.8, 1.0)
     out |= {f"gen/{theirs}": logs[ours] for ours, theirs in IMAGE_LOGS.items()}
     out |= {
         "total": total,
@@ -310,7 +311,7 @@ def gan(vectors: Vectors, about: dict) -> dict[str, Tensor]:
         "gen/rec_loss": logs["nll"],
         "gen/disc_factor": torch.tensor(1.0),
         "gen/discriminator_weight": torch.tensor(0.8),
-        "total_before_gan": generator_loss(image, reconstruction, lpips, fake, layer, 0.8, 0.0)[0],
+        "total_before_gan": generator_loss(pixels, lpips, fake, layer, 0.8, 0.0)[0],
         "grad_last_layer": torch.autograd.grad(total, layer, retain_graph=True)[0],
     }
     loss, logs = discriminator_loss(discriminator(image), discriminator(reconstruction.detach()), 1.0)

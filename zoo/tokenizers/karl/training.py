@@ -344,9 +344,6 @@ class KarlFinetuning(KarlTraining):
 
     def reconstruction(self, images, target, phase, num_tokens):
         values = self.tokenizer.decode_code(phase.code)
-        if not self.adversarial_weights:
-            pixels, distance = (images - values).abs().mean(), self.perceptual_distance(images, values)
-            return {"image": pixels if distance is None else pixels + distance.mean()}, {"l1": pixels}, values
         discriminator = self.discriminators[self.discriminator_index(num_tokens)]
         factor = float(self.adversarial_weight > 0)
         if self.discriminates:
@@ -354,13 +351,14 @@ class KarlFinetuning(KarlTraining):
                 real, fake = discriminator(images), discriminator(values.detach())
                 loss, logs = discriminator_loss(real, fake, factor)
             return {"image": loss}, logs, values
-        base = self.tokenizer.base
+        pixels, perceptual = (images - values).abs().mean(), self.perceptual_distance(images, values)
+        if not self.adversarial_weights:
+            return {"image": pixels if perceptual is None else pixels + perceptual.mean()}, {"pixels": pixels}, values
         loss, logs = generator_loss(
-            images,
-            values,
-            self.perceptual_distance(images, values),
+            pixels,
+            perceptual,
             discriminator(values),
-            base.decoder.conv_out.weight,
+            self.tokenizer.base.decoder.conv_out.weight,
             self.adversarial_weight or self.adversarial_weights[0][1],  # before the first epoch for the logs alone
             factor,
         )

@@ -1,24 +1,14 @@
-"""Training of a VQGAN: pixels, codes."""
+"""Training of a VQGAN (arXiv 2012.09841). The authors' recipe for the one in MAGE is not published; this is ours."""
 
-from zoo.losses import reconstruction_loss
-from zoo.tokenizers.vqgan.tokenizer import VQGANTokenizer
-from zoo.training.module import Losses, TrainingModule
+from torch import Tensor
+
+from zoo.training.autoencoder import AutoencoderTraining
 
 
-class VQGANTraining(TrainingModule):
-    def __init__(self, tokenizer: VQGANTokenizer, loss: str = "l1", **arguments):
-        super().__init__(tokenizer, **arguments)
-        self.loss = loss
+class VQGANTraining(AutoencoderTraining):
+    """Its regularizer is the loss of the quantizer."""
 
-    def losses(self, batch: dict) -> Losses:
-        values = self.tokenizer.config.to_values(batch["image"])
+    def regularized(self, values: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         reconstruction, quantized = self.tokenizer(values)
-        pixels = reconstruction_loss(self.loss)(reconstruction, values)
-        total = pixels + quantized.loss
-        logs = {
-            "loss": total,
-            "reconstruction": pixels,
-            "quantizer": quantized.loss,
-            "perplexity": quantized.perplexity,
-        }
-        yield "tokenizer", total, {name: value.detach() for name, value in logs.items()}
+        logs = {"quantizer": quantized.loss, "perplexity": quantized.perplexity}
+        return reconstruction, quantized.loss, logs

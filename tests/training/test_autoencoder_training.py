@@ -1,0 +1,76 @@
+"""The recipe that convolutional autoencoders share."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+import zoo
+from zoo.tokenizers.kl.training import KLTraining
+from zoo.tokenizers.vqgan.training import VQGANTraining
+
+ROOT = Path(__file__).parents[2]
+SIZES = {"image_size": 32, "channels": 8, "multipliers": (1, 2, 2), "num_blocks": 1, "norm_groups": 4, "embed_dim": 8}
+adamw = partial(torch.optim.AdamW, lr=1e-3, fused=True)
+TRAININGS = {"vqgan-f16": (VQGANTraining, {"codebook_size": 16}), "kl-f16": (KLTraining, {"attention": (8,)})}
+
+
+def make(name, **options):
+    torch.manual_seed(0)
+    training, sizes = TRAININGS[name]
+    optimizers = {"tokenizer": adamw} | ({"discriminator": adamw} if options.get("adversarial_weight") else {})
+    return training(zoo.create_tokenizer(name, **SIZES, **sizes), optimizers=optimizers, **options)
+
+
+def fit(module, steps, *callbacks):
+    images = torch.rand(8, 3, 1, 1, generator=torch.Generator().manual_seed(1)).expand(-1, -1, 32, 32)
+    data = torch.utils.data.DataLoader([{"image": image} for image in images], batch_size=4)
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=steps, max_epochs=-1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, callbacks=list(callbacks),
+    )  # fmt: skip
+    trainer.fit(module, data)
+    return trainer.callback_metrics
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_the_loss_falls(name):
+    first, last = (fit(make(name), steps)["train/pixels"].item() for steps in (1, 40))
+    assert last < 0.8 * first
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_the_discriminator_counts_from_its_step_on(name):
+    module = make(name, adversarial_weight=0.5, adversarial_start=2, discriminator_width=8)
+    moved = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            self.before = [p.detach().clone() for p in module.parameters()]
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            changed = zip(module.named_parameters(), self.before, strict=True)
+            moved.append({name.split(".")[0] for (name, p), b in changed if not torch.equal(p, b)})
+
+    metrics = fit(module, 4, Watch())
+    assert moved == [{"tokenizer"}] * 2 + [{"tokenizer", "discriminator"}] * 2
+    assert metrics["train/adversarial_weight"] > 0
+
+
+def test_two_ranks_train_a_vqgan_with_its_discriminator(tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "train.py", "experiment=vqgan-tiny", "trainer=tiny-debug", f"output_dir={tmp_path}"),
+            *("tokenizer.channels=8", "tokenizer.norm_groups=4", "data.batch_size=8", "module.adversarial_weight=0.1"),
+            *("module.discriminator_width=8", "+module.optimizers.discriminator=${optimizer}", "trainer.devices=2"),
+            *("trainer.strategy=ddp_find_unused_parameters_true",),
+        ],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "trained 4 steps" in done.stdout

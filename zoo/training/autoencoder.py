@@ -1,0 +1,74 @@
+"""Training of the convolutional autoencoders: pixels, LPIPS and a patch discriminator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from zoo.losses import reconstruction_loss
+from zoo.losses.adversarial import PatchDiscriminator, discriminator_loss, generator_loss
+from zoo.losses.perceptual import PerceptualLoss
+from zoo.tokenizer import Tokenizer
+from zoo.training.module import Losses, TrainingModule
+
+
+class AutoencoderTraining(TrainingModule):
+    """The recipe of VQGAN and latent diffusion (arXiv 2012.09841, 2112.10752) around what `regularized` adds.
+
+    Each batch steps the discriminator, once it counts, and then the autoencoder.
+
+    Args:
+        loss: of pixels, a name of zoo.losses.RECONSTRUCTION.
+        perceptual_weight: of LPIPS; 0: left out.
+        perceptual_weights: a file with all of LPIPS; None: torchvision's VGG16 from the cache of torch.hub.
+        adversarial_weight: factor of the adaptive weight; 0: there is no discriminator.
+        adversarial_start: step from which the discriminator counts.
+        discriminator_width: channels of its first layer.
+        others: of TrainingModule.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        loss: str = "l1",
+        perceptual_weight: float = 0.0,
+        perceptual_weights: str | Path | None = None,
+        adversarial_weight: float = 0.0,
+        adversarial_start: int = 0,
+        discriminator_width: int = 64,
+        **arguments,
+    ):
+        super().__init__(tokenizer, **arguments)
+        self.loss, self.perceptual_weight = reconstruction_loss(loss), perceptual_weight
+        self.adversarial_weight, self.adversarial_start = adversarial_weight, adversarial_start
+        self.perceptual = PerceptualLoss.pretrained(perceptual_weights) if perceptual_weight else None
+        self.discriminator = PatchDiscriminator(width=discriminator_width) if adversarial_weight else None
+
+    def regularized(self, values: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Values (B, C, H, W) to their reconstruction, the loss on what is between, and what to log."""
+        raise NotImplementedError
+
+    def optimized(self) -> dict[str, nn.Module]:
+        modules = {"tokenizer": self.tokenizer}
+        return modules | ({"discriminator": self.discriminator} if self.discriminator else {})
+
+    def losses(self, batch: dict) -> Losses:
+        values = self.tokenizer.config.to_values(batch["image"])
+        reconstruction, regularizer, logs = self.regularized(values)
+        if counts := self.discriminator is not None and self.global_step >= self.adversarial_start:
+            self.discriminator.requires_grad_(True)
+            real, fake = self.discriminator(values), self.discriminator(reconstruction.detach())
+            yield "discriminator", *discriminator_loss(real, fake, 1.0)
+            self.discriminator.requires_grad_(False)  # its own parameters need no gradient, and under DDP must have none
+        pixels, perceptual = self.loss(reconstruction, values), None
+        if self.perceptual is not None:
+            perceptual = self.perceptual_weight * self.perceptual(reconstruction, values)
+        if counts:
+            layer = self.tokenizer.decoder.conv_out.weight
+            fake = self.discriminator(reconstruction)
+            total, more = generator_loss(pixels, perceptual, fake, layer, self.adversarial_weight, 1.0)
+        else:
+            total, more = pixels if perceptual is None else pixels + perceptual.mean(), {"pixels": pixels}
+        total = total + regularizer
+        yield "tokenizer", total, {name: value.detach() for name, value in ({"loss": total} | more | logs).items()}
