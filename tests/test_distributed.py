@@ -2,7 +2,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from zoo.distributed import from_first_rank, rows_of_all_ranks, sum_over_ranks, world_size
+from zoo.distributed import from_first_rank, min_over_ranks, rows_of_all_ranks, sum_over_ranks, world_size
 
 
 def results(rank: int) -> dict:
@@ -13,6 +13,7 @@ def results(rank: int) -> dict:
         "size": world_size(),
         "total": total.item(),
         "matrix": matrix.tolist(),
+        "least": min_over_ranks(torch.tensor([1.0 + rank, 3.0 - rank])).tolist(),
         "first": from_first_rank(torch.tensor([[1, 2], [3, 4]]).T + rank).tolist(),
         "rows": rows_of_all_ranks(rows, torch.tensor([1, 0, world_size() * 2 - 1])).tolist(),
     }
@@ -31,6 +32,7 @@ def test_every_rank_gets_what_all_ranks_have_together(tmp_path):
             "size": 2,
             "total": 3.0,
             "matrix": [[1.0] * 3] * 2,
+            "least": [1.0, 2.0],
             "first": [[1, 3], [2, 4]],
             "rows": [[2, 3], [0, 1], [12, 13]],
         }
@@ -41,6 +43,7 @@ def test_one_process_gets_what_it_has():
         "size": 1,
         "total": 6.0,
         "matrix": [[5.0] * 3] * 2,
+        "least": [6.0, -2.0],
         "first": [[6, 8], [7, 9]],
         "rows": [[52, 53], [50, 51], [52, 53]],
     }

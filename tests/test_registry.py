@@ -8,6 +8,7 @@ import torch
 import zoo
 from zoo import ZooError
 from zoo.registry import preset, presets
+from zoo.tokenizer import config_fields, make_config
 
 
 def test_import_is_light():
@@ -94,3 +95,15 @@ def test_a_name_can_be_added_from_outside_once():
 
         del registry._registered["mine-test"]
     assert "mine-test" not in presets()
+
+
+def test_a_configuration_within_another_is_changed_field_by_field():
+    tokenizer = zoo.create_tokenizer("karl-tiny", base={"channels": 8, "norm_groups": 4})
+    assert (tokenizer.config.base.channels, tokenizer.config.base.embed_dim) == (8, 32)
+    fields = config_fields(tokenizer.config)
+    assert fields["base"]["class"] == "VQGANConfig"
+    assert make_config(preset("karl-tiny").config, fields) == tokenizer.config
+    with pytest.raises(zoo.ZooError, match=r"KarlConfig.base is a VQGANConfig here, got a KLConfig"):
+        zoo.create_tokenizer("karl-tiny", base={"class": "KLConfig"})
+    with pytest.raises(zoo.ZooError, match="VQGANConfig has no field 'chanels'; did you mean channels"):
+        zoo.create_tokenizer("karl-tiny", base={"chanels": 8})

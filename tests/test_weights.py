@@ -124,3 +124,10 @@ def test_a_failed_download_says_what_to_do(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(ZooError, match=r"no network.*weights='path/to/model.safetensors'"):
         weights.locate("hf://owner/name/model.safetensors")
+
+
+def test_of_a_training_checkpoint_the_tokenizer_alone_is_taken(tmp_path):
+    state = {f"tokenizer.{name}": tensor for name, tensor in module().state_dict().items()}
+    beside = {"discriminators.0.weight": torch.zeros(2), "quality.probabilities": torch.zeros(3)}
+    torch.save({"pytorch-lightning_version": "2.6", "state_dict": state | beside}, tmp_path / "last.ckpt")
+    weights.load(module(), weights.read(tmp_path / "last.ckpt")[0])

@@ -84,6 +84,16 @@ def test_the_centre_crop_is_that_of_torchvision(size):
     )
 
 
+def test_images_are_resized_as_asked():
+    picture = Image.fromarray(np.random.RandomState(0).randint(0, 256, (40, 40, 3)).astype(np.uint8))
+    for name, resample in (("bicubic", Image.BICUBIC), ("bilinear", Image.BILINEAR)):
+        expected = np.asarray(picture.resize((16, 16), resample)).transpose(2, 0, 1)
+        found = decode({"png": encode(picture)}, image_size=16, interpolation=name)
+        np.testing.assert_array_equal(found, expected / np.float32(255))
+    with pytest.raises(ZooError, match="did you mean bilinear"):
+        Decoder(image_size=16, interpolation="bilinaer")
+
+
 @pytest.mark.parametrize("crop", ["random", "resized"])
 def test_a_random_crop_is_a_function_of_its_seed(crop):
     data = {"png": encode(Image.fromarray(ramp((40, 60, 3))))}

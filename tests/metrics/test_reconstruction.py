@@ -9,6 +9,7 @@ import zoo
 from zoo.metrics.depth import DEPTH_ERRORS, DepthErrors, depth_errors
 from zoo.metrics.frechet import Encoder, FrechetDistance
 from zoo.metrics.lpips import LPIPS
+from zoo.metrics.mae import MAE
 from zoo.metrics.psnr import PSNR
 from zoo.metrics.ssim import SSIM
 from zoo.weights import MissingWeights
@@ -23,6 +24,12 @@ def test_psnr_is_that_of_each_image_averaged():
     target = torch.full((2, 3, 16, 16), 0.5)
     prediction = torch.stack([target[0] + 0.1, target[1] + 0.01])  # 20 dB and 40 dB; of the mean error: 23 dB
     assert score(PSNR(), prediction, target)["psnr"] == pytest.approx(30, abs=1e-3)
+
+
+def test_the_mean_absolute_error_is_over_all_values():
+    target = torch.full((2, 3, 16, 16), 0.5)
+    prediction = torch.stack([target[0] + 0.1, target[1] - 0.3])
+    assert score(MAE(), prediction, target)["mae"] == pytest.approx(0.2)
 
 
 def test_an_image_without_error_counts_as_100_db():

@@ -10,6 +10,7 @@ from torch import nn
 from zoo.errors import ZooError
 from zoo.tokenizer import Tokenizer, TokenizerInfo
 from zoo.training import schedules
+from zoo.training.callbacks import EpochWeightAveraging
 from zoo.training.module import TrainingModule, parameter_groups
 
 
@@ -133,6 +134,60 @@ def test_missing_optimizers_are_named():
         fit(Adversarial(tokenizer=Scalar(), optimizers={"tokenizer": sgd}), loader([0.5]), max_steps=1)
 
 
+class Alternating(Adversarial):
+    """Odd batches are the critic's."""
+
+    def losses(self, batch):
+        name = ("tokenizer", "critic")[self.trainer.fit_loop.epoch_loop.batch_idx % 2]
+        yield name, self.critic(self.tokenizer(batch["image"]).mean().view(1, 1)).sum(), {}
+
+
+def test_schedules_and_steps_of_the_run_follow_the_batches_whoever_steps():
+    schedule = partial(schedules.cosine, warmup_steps=4)
+    module = Alternating(
+        tokenizer=Scalar(),
+        optimizers={"tokenizer": sgd, "critic": sgd},
+        schedules={"tokenizer": schedule, "critic": schedule},
+    )
+    trainer = fit(module, loader([0.5] * 3), max_steps=3)
+    assert trainer.global_step == 3
+    assert [o.param_groups[0]["lr"] for o in trainer.optimizers] == [pytest.approx(0.1 * 3 / 4)] * 2
+
+
+class Shared(Regression):
+    def losses(self, batch):
+        rows = torch.rand(2, 3, generator=self.shared_generator())
+        assert torch.equal(self.own_rows(rows), rows)  # one rank has them all
+        self.draws = [*getattr(self, "draws", []), rows[0, 0].item()]
+        yield from super().losses(batch)
+
+
+def test_what_ranks_draw_alike_depends_on_seed_and_step_alone():
+    runs = []
+    for seed in (3, 3, 4):
+        module = Shared(Scalar(), {"tokenizer": sgd}, seed=seed)
+        fit(module, loader([0.5, 0.1]), max_steps=2)
+        runs.append(module.draws)
+    assert runs[0] == runs[1]
+    assert len({*runs[0], *runs[2]}) == 4
+
+
+def test_an_average_of_an_epoch_starts_from_its_first_weights():
+    average = EpochWeightAveraging(decay=0.5)
+    module = Regression(Scalar(), {"tokenizer": sgd})
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            seen.append((module.tokenizer.weight.item(), average._average_model.module.tokenizer.weight.item()))
+
+    fit(module, loader([1.0, 1.0]), max_steps=4, callbacks=[Watch(), average])
+    weights, averages = zip(*seen, strict=True)  # the average is updated after the other callbacks
+    start = weights[1]
+    assert averages[2] == pytest.approx(start)  # of the second epoch nothing was averaged yet
+    assert averages[3] == pytest.approx((start + weights[2]) / 2)
+
+
 class Noisy(Regression):
     def losses(self, batch):
         self.draws = [*getattr(self, "draws", []), torch.rand(()).item()]
@@ -168,8 +223,11 @@ def test_schedules_follow_their_formulas():
     assert schedules.cosine(5, 100, 10, warmup_steps=10) == 0.5
     assert schedules.cosine(55, 100, 10, warmup_steps=10, min_ratio=0.1) == pytest.approx(0.55)
     assert schedules.cosine(100, 100, 10, warmup_steps=10, min_ratio=0.1) == pytest.approx(0.1)
+    assert schedules.cosine(30, 1000, 10, warmup_epochs=6) == 0.5
     with pytest.raises(ZooError, match="max_steps"):
         schedules.cosine(0, -1, -1)
+    with pytest.raises(ZooError, match=r"set schedule.warmup_steps"):
+        schedules.cosine(0, 100, -1, warmup_epochs=1)
     assert schedules.constant(3, -1, -1, warmup_steps=6) == 0.5
     # 1,200 iterations an epoch: decays after iterations 0, 500 and 1000 of each
     steps = {0: 0, 1: 1, 500: 1, 501: 2, 1001: 3, 1200: 3, 1201: 4, 2400: 6}
