@@ -39,7 +39,7 @@ class TrainingModule(L.LightningModule):
         gradient_clip: largest norm of an optimizer's gradient; 0: no clipping.
         accumulate: batches whose gradients make one step.
         max_bad_steps: a step whose gradient is not finite is skipped; more than this many in a row end the run.
-        compile: torch.compile the tokenizer's forward.
+        compile: torch.compile the forward of `compiled`.
         seed: of everything random in training steps.
     """
 
@@ -63,8 +63,8 @@ class TrainingModule(L.LightningModule):
         self._unchecked: list[tuple[int, list[str], Tensor]] = []  # steps whose finiteness was not read yet
         self._bad_in_a_row = 0
         self._images, self._since = 0, None  # since the throughput was last logged
-        if compile:
-            tokenizer.compile()
+        for module in self.compiled() if compile else ():
+            module.compile()
 
     def losses(self, batch: dict) -> Losses:
         """Yield (name of the optimizer, loss, {name: scalar to log}) in the order of the steps."""
@@ -73,6 +73,10 @@ class TrainingModule(L.LightningModule):
     def optimized(self) -> dict[str, nn.Module]:
         """The module that each optimizer trains, as far as its parameters require gradients."""
         return {"tokenizer": self.tokenizer}
+
+    def compiled(self) -> list[nn.Module]:
+        """Those parts of the tokenizer that training calls."""
+        return [self.tokenizer]
 
     def configure_optimizers(self):
         modules = self.optimized()

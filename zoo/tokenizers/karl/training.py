@@ -146,6 +146,10 @@ class KarlTraining(TrainingModule):
         if isinstance(tokenizer.base, VQGANTokenizer):
             tokenizer.base.quantizer.requires_grad_(False)  # in both stages it stays as it was
 
+    def compiled(self) -> list[nn.Module]:
+        tokenizer = self.tokenizer
+        return [tokenizer.encoder, tokenizer.decoder, tokenizer.base.encoder, tokenizer.base.decoder]
+
     def losses(self, batch: dict) -> Losses:
         budget, bins, noise = self.draws(batch["image"])
         iteration = self.both_phases(batch["image"], budget, bins, noise)
