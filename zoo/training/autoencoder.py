@@ -60,9 +60,7 @@ class AutoencoderTraining(TrainingModule):
             self.discriminator.requires_grad_(True)
             real, fake = self.discriminator(values), self.discriminator(reconstruction.detach())
             yield "discriminator", *discriminator_loss(real, fake, 1.0)
-            self.discriminator.requires_grad_(
-                False
-            )  # its own parameters need no gradient, and under DDP must have none
+            self.discriminator.requires_grad_(False)  # from here on it needs no gradient, and under DDP must have none
         pixels, perceptual = self.loss(reconstruction, values), None
         if self.perceptual is not None:
             perceptual = self.perceptual_weight * self.perceptual(reconstruction, values)
