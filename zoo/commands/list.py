@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 import zoo
 from zoo.errors import ZooError
@@ -19,11 +19,12 @@ def main(argv: list[str] | None = None) -> int:
     names = zoo.list_tokenizers(pattern)
     if not names:
         raise ZooError(f"no tokenizer matches '{pattern}'; `zoo list` shows all.")
-    table = Table("name", "system", "what", "weights")
+    name = Column("name", overflow="fold")  # names are to be copied: never cut
+    table = Table(name, Column("system", no_wrap=True), "what", Column("weights", no_wrap=True))
     for name in names:
         chosen = preset(name)
         system = chosen.tokenizer.__module__.split(".")[-2]
-        where = "by name" if has_weights(chosen) else "your file" if chosen.weights else "none published"
+        where = "by name" if has_weights(chosen) else "your file" if chosen.weights else "none"
         table.add_row(name, system, chosen.description, where)
     Console().print(table)
     return 0

@@ -430,8 +430,7 @@ def _published() -> dict[str, Preset]:
                 presets[name] = Preset(
                     KarlTokenizer,
                     KarlConfig(base=config, quantize=latents == "quantized", **dict(zip(fields, sizes, strict=True))),
-                    f"KARL {size} on the {'VQGAN' if base == 'vqgan' else 'KL autoencoder'}: 256 x 256 images, "
-                    f"up to 256 {latents} tokens",
+                    f"256 x 256 images, up to 256 {latents} tokens",
                     Weights(manual=f"karl_small_{base}_{latents}_latents.pth {RELEASED}") if size == "small" else None,
                     "none stated by the authors (all rights reserved)",
                 )
