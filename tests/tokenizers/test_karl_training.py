@@ -111,26 +111,16 @@ def test_discriminators_stand_apart_unless_the_published_mistake_is_wanted():
     assert module.clipped("discriminator", parameters) == parameters
 
 
-def test_passes_alternate_and_each_trains_its_own():
+def test_passes_alternate_and_each_trains_its_own(watch):
     """Of three iterations the third is the tokenizer's."""
     module = finetuning(discriminator_every=3)
-    moved = []
-
-    class Watch(L.Callback):
-        def on_train_batch_start(self, trainer, module, batch, batch_idx):
-            self.before = [p.detach().clone() for p in module.parameters()]
-
-        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            changed = zip(module.named_parameters(), self.before, strict=True)
-            moved.append({name.split(".")[0] for (name, p), b in changed if not torch.equal(p, b)})
-
     data = torch.utils.data.DataLoader([{"image": image} for image in images(6)], batch_size=2)
     trainer = L.Trainer(
         accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, callbacks=[Watch()],
+        enable_model_summary=False, num_sanity_val_steps=0, callbacks=[watch],
     )  # fmt: skip
     trainer.fit(module, data)
-    assert moved == [{"discriminators"}, {"discriminators"}, {"tokenizer"}]
+    assert watch.moved == [{"discriminators"}, {"discriminators"}, {"tokenizer"}]
     assert trainer.global_step == 3
 
 

@@ -45,20 +45,10 @@ def test_the_loss_falls(name):
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-def test_the_discriminator_counts_from_its_step_on(name):
+def test_the_discriminator_counts_from_its_step_on(name, watch):
     module = make(name, adversarial_weight=0.5, adversarial_start=2, discriminator_width=8)
-    moved = []
-
-    class Watch(L.Callback):
-        def on_train_batch_start(self, trainer, module, batch, batch_idx):
-            self.before = [p.detach().clone() for p in module.parameters()]
-
-        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            changed = zip(module.named_parameters(), self.before, strict=True)
-            moved.append({name.split(".")[0] for (name, p), b in changed if not torch.equal(p, b)})
-
-    metrics = fit(module, 4, Watch())
-    assert moved == [{"tokenizer"}] * 2 + [{"tokenizer", "discriminator"}] * 2
+    metrics = fit(module, 4, watch)
+    assert watch.moved == [{"tokenizer"}] * 2 + [{"tokenizer", "discriminator"}] * 2
     assert metrics["train/adversarial_weight"] > 0
 
 
