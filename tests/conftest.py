@@ -21,7 +21,7 @@ def watch():
     import torch
 
     class Watch(L.Callback):
-        moved = []
+        moved = ()
 
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
             self.before = {name: p.detach().clone() for name, p in module.named_parameters()}
