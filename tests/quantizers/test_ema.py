@@ -175,3 +175,14 @@ def test_two_ranks_are_one_rank_with_both_batches(tmp_path):
         for name, value in expected.items():
             torch.testing.assert_close(one[name], value, msg=lambda m, n=name, o=options: f"{o} {n}: {m}")
             assert torch.equal(one[name], other[name])
+
+
+def test_normalised_codes_stay_on_the_sphere():
+    q, z = quantizer(normalize=True, init="data", restart_below=0.5), 3 * vectors()
+    for _ in range(3):
+        out = q(z)
+    torch.testing.assert_close(q.codebook.norm(dim=1), torch.ones(8))
+    unit = torch.nn.functional.normalize(z, dim=1)
+    assert torch.equal(q.encode(z), (unit @ q.codebook.T).argmax(1))
+    torch.testing.assert_close(out.quantized.norm(dim=1), torch.ones(64))
+    assert torch.equal(q.codes(out.ids), q.codebook[out.ids])

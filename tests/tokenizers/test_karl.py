@@ -7,7 +7,7 @@ from karl_helpers import SIZES, make
 import zoo
 from zoo import Tokens, ZooError, registry, weights
 from zoo.tokenizers.karl import published
-from zoo.tokenizers.karl.tokenizer import QUALITY_BINS, KarlConfig, gather_live, halting_mask
+from zoo.tokenizers.karl.tokenizer import QUALITY_BINS, KarlConfig, gather_live, halting_mask, spread
 
 
 @pytest.fixture(
@@ -188,6 +188,7 @@ def test_more_positions_than_slots_are_not_decoded():
         ({"quality_bins": (0.1, 0.05)}, "in rising order"),
         ({"quality": 0.5}, "from 0 to 0.38, got 0.5"),
         ({"image_size": 100}, "image_size 100 is no multiple of 16"),
+        ({"init": "random"}, "init must be 'published' or 'aligned', got 'random'"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(changes, complaint):
@@ -226,3 +227,26 @@ def test_a_fresh_network_has_the_published_initialisation():
     assert proj.weight.std().item() == pytest.approx(0.02, rel=0.02)
     assert not any(p.any() for n, p in encoder.blocks.named_parameters() if n.endswith("bias") and "norm" not in n)
     assert tokenizer.quantizer.codebook.abs().max() <= 1 / 4096
+
+
+def test_beginnings_of_the_spread_order_cover_the_grid():
+    order = spread(8)
+    assert sorted(order.tolist()) == list(range(64))
+    rows, columns = order // 8, order % 8
+    for count, reach in ((5, 4.3), (16, 2.3), (32, 1.5)):  # no place is farther than this from one of the first
+        places = torch.stack([rows, columns], 1).float()
+        assert torch.cdist(places, places[:count]).min(1).values.max() <= reach
+
+
+def test_aligned_slots_read_their_place_from_the_start():
+    batch = images(8)
+    spreads = {}
+    for init in ("published", "aligned"):
+        torch.manual_seed(0)
+        tokenizer = zoo.create_tokenizer("karl-tiny", init=init).eval()
+        values = torch.nn.functional.interpolate(batch, (64, 64))
+        with torch.no_grad():
+            grid = tokenizer.encoder.grid_tokens(values, tokenizer.base_features(values))
+            _, z = tokenizer.encoder(grid, torch.full((8,), 5), 64)
+        spreads[init] = torch.nn.functional.normalize(z, dim=-1).std(0).mean().item()
+    assert spreads["aligned"] > 5 * spreads["published"]

@@ -16,6 +16,7 @@ from karl_helpers import make
 
 import zoo
 from zoo import ZooError
+from zoo.tokenizers.karl.tokenizer import QUALITY_BINS
 from zoo.tokenizers.karl.training import KarlFinetuning, KarlPretraining, QualityDistribution, halting_loss
 
 ROOT = Path(__file__).parents[2]
@@ -111,15 +112,31 @@ def test_discriminators_stand_apart_unless_the_published_mistake_is_wanted():
     assert module.clipped("discriminator", parameters) == parameters
 
 
+def fit(module, ckpt_path=None, **options):
+    data = torch.utils.data.DataLoader([{"image": image} for image in images(6)], batch_size=2)
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, **options,
+    )  # fmt: skip
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return trainer
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_is_the_same_run(tmp_path):
+    """With all that is random: budgets, qualities and the distribution from which these are drawn."""
+    whole, first, second = pretraining(), pretraining(), pretraining()
+    fit(whole, max_epochs=2)
+    fit(first, max_epochs=1).save_checkpoint(tmp_path / "last.ckpt")
+    fit(second, tmp_path / "last.ckpt", max_epochs=2)
+    assert second.quality.probabilities.ne(QualityDistribution(QUALITY_BINS).probabilities).any()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(second.state_dict()[name], tensor), name
+
+
 def test_passes_alternate_and_each_trains_its_own(watch):
     """Of three iterations the third is the tokenizer's."""
     module = finetuning(discriminator_every=3)
-    data = torch.utils.data.DataLoader([{"image": image} for image in images(6)], batch_size=2)
-    trainer = L.Trainer(
-        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, callbacks=[watch],
-    )  # fmt: skip
-    trainer.fit(module, data)
+    trainer = fit(module, callbacks=[watch], max_epochs=1)
     assert watch.moved == [{"discriminators"}, {"discriminators"}, {"tokenizer"}]
     assert trainer.global_step == 3
 
@@ -129,6 +146,8 @@ def test_options_that_cannot_be_are_refused():
         pretraining(mask_order="mixed")
     with pytest.raises(ZooError, match="budget_step must be from 1 to trained_slots=92, got 100"):
         KarlPretraining(make(), budget_step=100, optimizers={})
+    with pytest.raises(ZooError, match=r"starts from a trained vqgan-f16: get .*, and name it in module.base_weights"):
+        pretraining(base="vqgan-f16")
     with pytest.raises(ZooError, match=r"module.base=vqgan-tiny is VQGANConfig"):
         pretraining(base="vqgan-tiny")
 

@@ -42,6 +42,7 @@ class EMAQuantizer(nn.Module):
         restart_below: codes whose count N falls below this become random vectors of the current batch, with a count
             of 1; 0: never.
         eps: of the smoothing.
+        normalize: vectors and means are divided by their length; what comes out are unit vectors.
     """
 
     def __init__(
@@ -53,11 +54,12 @@ class EMAQuantizer(nn.Module):
         init: str = "published",
         restart_below: float = 0.0,
         eps: float = 1e-5,
+        normalize: bool = False,
     ):
         super().__init__()
         if init not in ("published", "data"):
             raise ZooError(f"EMAQuantizer.init must be 'published' or 'data', got {init!r}.")
-        self.decay, self.commitment, self.eps = decay, commitment, eps
+        self.decay, self.commitment, self.eps, self.normalize = decay, commitment, eps, normalize
         self.init, self.restart_below = init, restart_below
         self.register_buffer("codebook", torch.randn(num_codes, dim))
         self.register_buffer("cluster_size", torch.zeros(num_codes))
@@ -65,7 +67,7 @@ class EMAQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> Quantized:
         """z (..., D); under several ranks every rank has as many vectors."""
-        vectors = z.detach().float().reshape(-1, z.shape[-1])
+        vectors = self._scaled(z.detach().float().reshape(-1, z.shape[-1]))
         drawn = None
         if self.training and (self.init == "data" or self.restart_below):
             drawn = self._draw(vectors)
@@ -73,7 +75,7 @@ class EMAQuantizer(nn.Module):
                 self._start_from(drawn)
         ids = self.encode(z)
         with torch.autocast(z.device.type, enabled=False):
-            exact, codes = z.float(), self.codebook[ids].float()
+            exact, codes = self._scaled(z.float()), self.codebook[ids].float()
             loss = self.commitment * F.mse_loss(exact, codes)
             quantized = (exact + (codes - exact).detach()).to(z.dtype)
             with torch.no_grad():
@@ -84,7 +86,14 @@ class EMAQuantizer(nn.Module):
 
     def encode(self, z: Tensor) -> Tensor:
         """z (..., D) -> ids (...) int64, without moving anything."""
-        return nearest_code(z, self.codebook)
+        return nearest_code(self._scaled(z.float()), self.codebook)
+
+    def codes(self, ids: Tensor) -> Tensor:
+        """ids (...) -> (..., D): what the decoder reads for them."""
+        return self.codebook[ids]
+
+    def _scaled(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=-1) if self.normalize else vectors
 
     def _update(self, counts: Tensor, sums: Tensor, drawn: Tensor | None) -> None:
         size = self.cluster_size.float().lerp(counts, 1 - self.decay)
@@ -99,7 +108,7 @@ class EMAQuantizer(nn.Module):
         self.cluster_size.copy_(size)
         self.embed_sum.copy_(embed_sum)
         # nothing was counted yet when a very first batch has no finite vector
-        self.codebook.copy_((embed_sum / size[:, None]).where(total > 0, self.codebook.float()))
+        self.codebook.copy_(self._scaled(embed_sum / size[:, None]).where(total > 0, self.codebook.float()))
 
     @torch.no_grad()
     def _start_from(self, drawn: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.nn.transformer import Block
-from zoo.quantizers import Quantized, VectorQuantizer
+from zoo.quantizers import EMAQuantizer, Quantized, VectorQuantizer
 from zoo.tokenizer import Preset, Tokenizer, TokenizerInfo, Tokens, Weights
 from zoo.tokenizers.kl.tokenizer import KLConfig, KLTokenizer
 from zoo.tokenizers.vqgan import tokenizer as vqgan
@@ -44,6 +44,11 @@ class KarlConfig:
     latent_dim: int = 12
     codebook_size: int = 4096
     commitment: float = 0.25
+    ema_decay: float = 0.0
+    """Codes become running means with this decay, started from data (not published, for training small codebooks); 0:
+    learned by gradient, as published."""
+    restart_below: float = 0.0
+    """Of running means, those whose count in a batch falls below this are restarted from data; 0: never."""
     num_slots: int = 512
     """Rows of the tables of latent queries and positions: no image can have more tokens."""
     max_tokens: int = 256
@@ -57,6 +62,9 @@ class KarlConfig:
     """Wanted mean absolute error on [0, 1] when none is said."""
     quality_bins: tuple[float, ...] = QUALITY_BINS
     """Errors for which there is an embedding, rising; an error takes the first bin that is not below it."""
+    init: str = "published"
+    """Fresh weights: "published", or "aligned", a head start for small networks in which each slot begins by reading
+    and writing a place of the grid; see `align`."""
     position_grid: int = 64
     """Side of the tables of grid positions, from which a grid takes every n-th row and column."""
 
@@ -70,6 +78,8 @@ class KarlConfig:
                 f"KarlConfig.encoder_width {self.encoder_width} must be above the base's embed_dim "
                 f"{self.base.embed_dim}, which is a part of it."
             )
+        if self.init not in ("published", "aligned"):
+            raise ZooError(f"KarlConfig.init must be 'published' or 'aligned', got {self.init!r}.")
         if not 0 < self.max_tokens <= self.trained_slots <= self.num_slots:
             raise ZooError(
                 "KarlConfig needs 0 < max_tokens <= trained_slots <= num_slots, got "
@@ -167,7 +177,17 @@ class KarlTokenizer(Tokenizer):
         on_vqgan = isinstance(c.base, VQGANConfig)
         self.base = VQGANTokenizer(c.base) if on_vqgan else KLTokenizer(c.base)
         self.encoder = DistillationEncoder(c)
-        if c.quantize:
+        if c.quantize and c.ema_decay:
+            self.quantizer = EMAQuantizer(
+                c.codebook_size,
+                c.latent_dim,
+                c.ema_decay,
+                c.commitment,
+                init="data",
+                restart_below=c.restart_below,
+                normalize=True,
+            )
+        elif c.quantize:
             self.quantizer = VectorQuantizer(c.codebook_size, c.latent_dim, c.commitment, normalize=True)
         self.decoder = DistillationDecoder(c)
         # as int32, so that to(bfloat16) leaves the bits of the float32 numbers alone
@@ -205,6 +225,17 @@ class KarlTokenizer(Tokenizer):
             nn.init.normal_(table, std=self.config.encoder_width**-0.5)  # the encoder's width everywhere
         values = torch.tensor(self.config.quality_bins, device=encoder.quality_embedding.device)
         encoder.quality_embedding.copy_(values[:, None].expand_as(encoder.quality_embedding))
+        if self.config.init == "aligned":
+            side = self.config.image_size // self.config.base.downsample
+            align(encoder.blocks, encoder.positions, encoder.latent_tokens, side)
+            align(decoder.blocks, decoder.positions, decoder.slot_positions, side)
+            patch = encoder.patch_embed
+            nn.init.normal_(patch.weight, std=3 * patch.weight[0].numel() ** -0.5)
+            patch.bias.copy_(-0.5 * patch.weight.sum((1, 2, 3)))  # mid-grey becomes 0
+            for layer in (*encoder.to_latent, *decoder.head):
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+            nn.init.normal_(decoder.embed.weight)
 
     # The parts of a pass, in their order; training composes them too.
 
@@ -374,6 +405,45 @@ class KarlTokenizer(Tokenizer):
         return errors.expand(batch).clone()
 
 
+@torch.no_grad()
+def align(blocks: nn.ModuleList, positions: Tensor, slots: Tensor, side: int) -> None:
+    """Initial weights with which slots and places of the grid look at each other from the first step on.
+
+    A slot starts as minus the position of one place, in an order in which the first n slots are spread evenly over the
+    grid. Queries of the first block are minus what they come from and keys what they come from, so that a slot looks at
+    its place and a place at its slot, and neither at itself; it copies what it sees.
+    """
+    nn.init.normal_(positions, std=0.5)
+    places = grid_positions(positions, (side, side))[0].flatten(1).T
+    order = spread(side).to(places.device)[: len(slots)]
+    slots[: len(order)] = -places[order]
+    nn.init.normal_(slots[len(order) :], std=0.5)
+    for i, block in enumerate(blocks):
+        for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+            nn.init.normal_(layer.weight, std=0.7 * layer.in_features**-0.5)
+        if i == 0:
+            identity = torch.eye(block.attn.proj.in_features, device=positions.device)
+            for weight, scale in zip(block.attn.qkv.weight.chunk(3), (-1.5, 1.5, 1.0), strict=True):
+                weight.copy_(scale * identity)
+            block.attn.proj.weight.copy_(identity)
+
+
+def spread(side: int) -> Tensor:
+    """(side * side,) int64: the places of a grid in an order whose beginnings cover it evenly.
+
+    Always the place that is farthest from all before it, the first of several.
+    """
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    places = torch.stack([rows, columns], dim=-1).flatten(0, 1).float()
+    distances = torch.cdist(places, places)
+    order = [int(distances.max(1).values.argmin())]
+    nearest = distances[order[0]].clone()
+    while len(order) < len(places):
+        order.append(int(nearest.argmax()))
+        nearest = nearest.minimum(distances[order[-1]])
+    return torch.tensor(order)
+
+
 def grid_positions(table: Tensor, grid: Sequence[int]) -> Tensor:
     """A table of positions (W, G, G) at a grid of (h, w) places by the nearest entry: (1, W, h, w)."""
     return F.interpolate(table[None], tuple(grid))
@@ -444,13 +514,16 @@ PRESETS = {
         KarlConfig(
             base=vqgan.PRESETS["vqgan-tiny"].config,
             image_size=64,
-            encoder_width=160,
+            encoder_width=128,
             encoder_depth=4,
             encoder_heads=4,
-            decoder_width=160,
+            decoder_width=128,
             decoder_depth=4,
             decoder_heads=4,
             codebook_size=512,
+            ema_decay=0.97,
+            restart_below=0.7,
+            init="aligned",
             num_slots=96,
             max_tokens=64,
             trained_slots=92,

@@ -20,7 +20,7 @@ from zoo.distributed import min_over_ranks, world_size
 from zoo.errors import ZooError
 from zoo.losses.adversarial import PatchDiscriminator, discriminator_loss, generator_loss
 from zoo.losses.perceptual import PerceptualLoss
-from zoo.registry import load_tokenizer
+from zoo.registry import has_weights, load_tokenizer, preset
 from zoo.tokenizers.karl.tokenizer import KarlTokenizer, halting_mask
 from zoo.tokenizers.vqgan.tokenizer import VQGANTokenizer
 from zoo.training.module import Losses, TrainingModule
@@ -246,6 +246,12 @@ class KarlPretraining(KarlTraining):
     def __init__(self, tokenizer: KarlTokenizer, base: str | None = None, base_weights: str | None = None, **arguments):
         super().__init__(tokenizer, **arguments)
         if base is not None:
+            published = preset(base)
+            if base_weights is None and not has_weights(published):
+                where = published.weights.manual if published.weights else "a file of your own training"
+                raise ZooError(
+                    f"stage 1 starts from a trained {base}: get {where}, and name it in module.base_weights."
+                )
             loaded = load_tokenizer(base, base_weights)
             if loaded.config != tokenizer.config.base:
                 raise ZooError(f"module.base={base} is {loaded.config}, and tokenizer.base is {tokenizer.config.base}.")
