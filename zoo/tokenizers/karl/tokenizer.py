@@ -433,15 +433,15 @@ def spread(side: int) -> Tensor:
 
     Always the place that is farthest from all before it, the first of several.
     """
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    places = torch.stack([rows, columns], dim=-1).flatten(0, 1).float()
+    number = torch.arange(side * side, device="cpu")  # computed even where weights are on the meta device
+    places = torch.stack([number // side, number % side], dim=1).float()
     distances = torch.cdist(places, places)
     order = [int(distances.max(1).values.argmin())]
     nearest = distances[order[0]].clone()
     while len(order) < len(places):
         order.append(int(nearest.argmax()))
         nearest = nearest.minimum(distances[order[-1]])
-    return torch.tensor(order)
+    return torch.tensor(order, device="cpu")
 
 
 def grid_positions(table: Tensor, grid: Sequence[int]) -> Tensor:
