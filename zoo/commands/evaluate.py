@@ -39,8 +39,15 @@ from zoo.weights import MissingWeights, sha256_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
-SWEPT = ("tokens_mean", "tokens_p10", "tokens_p90", "bits", "mae", "psnr")
-"""Measures of the table that has one line for each setting."""
+SWEPT = {
+    "tokens_mean": "tokens",
+    "tokens_p10": "10 %",
+    "tokens_p90": "90 %",
+    "bits": "bits",
+    "mae": "error",
+    "psnr": "PSNR, dB",
+}
+"""Measures of the table that has one line for each setting, and what they are called there."""
 COLUMNS = 4
 """Rows of the report side by side in one table, which then fits 100 characters."""
 
@@ -303,14 +310,14 @@ def table(entries: list[dict], rows: dict[str, Row], protocol: dict) -> Table:
 
 def sweep_table(entries: list[dict], rows: dict[str, Row]) -> Table:
     """One line for each setting: what was asked, what came out, and the thumbnail's PSNR."""
-    table = Table(title="settings of encode, one a line")
-    shown = [row for name in SWEPT if (row := rows.get(name))]
+    table = Table(title="settings of encode, one a line; numbers per image")
+    shown = [rows[name] for name in SWEPT if name in rows]
     tokenizer = entries[0]["name"]
-    for title in (*entries[0]["settings"], *(row.title for row in shown)):
+    for title in (*entries[0]["settings"], *(SWEPT[row.name] for row in shown)):
         table.add_column(title, justify="right")
     thumbnails = [entry for entry in entries if entry["name"] != tokenizer]
     if thumbnails and "psnr" in rows:
-        table.add_column("thumbnail PSNR, dB", justify="right")
+        table.add_column("thumbnail, dB", justify="right")
     for i, entry in enumerate(entry for entry in entries if entry["name"] == tokenizer):
         cells = [str(value) for value in entry["settings"].values()]
         for row in shown:
