@@ -51,10 +51,12 @@ def train(cfg: DictConfig) -> L.Trainer:
         output.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, output / "config.yaml", resolve=True)
         if resume_from:
-            step = torch.load(resume_from, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+            saved = torch.load(resume_from, map_location="cpu", weights_only=True, mmap=True)
+            step = saved["global_step"]
+            last = saved["train_row"] if step % trainer.log_every_n_steps == 0 else None
             for logger in loggers:
                 if isinstance(logger, ResumingCSVLogger):
-                    logger.continue_from(step)
+                    logger.continue_from(step, last)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
     except SIGTERMException:  # whose exit code would say that all went well

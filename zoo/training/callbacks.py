@@ -47,10 +47,15 @@ class ResumingCSVLogger(CSVLogger):
         path = Path(save_dir) / "metrics.csv"
         self._earlier = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
 
-    def continue_from(self, step: int) -> None:
-        """Keep the rows of earlier runs up to a step; without this call a run starts an empty file."""
+    def continue_from(self, step: int, last: dict[str, float] | None = None) -> None:
+        """Keep the rows of earlier runs up to a step; without this call a run starts an empty file.
+
+        last: what was logged at the step before, to be added where the earlier run was killed too soon to write it.
+        """
         writer = self.experiment
-        for row in self._earlier:
-            if int(row["step"]) < step:
-                writer.log_metrics({k: float(v) for k, v in row.items() if v and k != "step"}, int(row["step"]))
+        kept = [row for row in self._earlier if int(row["step"]) < step]
+        for row in kept:
+            writer.log_metrics({k: float(v) for k, v in row.items() if v and k != "step"}, int(row["step"]))
+        if last and not any(int(row["step"]) == step - 1 and all(map(row.get, last)) for row in kept):
+            writer.log_metrics(last, step - 1)
         self.save()

@@ -62,6 +62,7 @@ class TrainingModule(L.LightningModule):
         self.max_bad_steps, self.seed = max_bad_steps, seed
         self._unchecked: list[tuple[int, list[str], Tensor]] = []  # steps whose finiteness was not read yet
         self._bad_in_a_row = 0
+        self._row: dict[str, Tensor | float] = {}  # what this batch logged
         self._images, self._since = 0, None  # since the throughput was last logged
         for module in self.compiled() if compile else ():
             module.compile()
@@ -119,6 +120,7 @@ class TrainingModule(L.LightningModule):
     def training_step(self, batch: dict, batch_idx: int) -> None:
         completes = (batch_idx + 1) % self.accumulate == 0 or self.trainer.is_last_batch
         optimizers = dict(zip(self.recipe, _as_list(self.optimizers()), strict=True))
+        self._row = {}
         for i, (name, loss, logs) in enumerate(self.losses(batch)):
             optimizer = optimizers[name]
             # With one optimizer all gradients are its own; `inputs` costs DDP a search for unused parameters.
@@ -130,13 +132,19 @@ class TrainingModule(L.LightningModule):
                 norm = self._step(name, optimizer, counts=i == 0)
                 self._unchecked.append((self.global_step, batch.get("key", []), norm))
                 logs[f"gradient_norm/{name}"] = norm
-            self.log_dict({f"train/{key}": value for key, value in logs.items()}, batch_size=batch_size(batch))
+            logs = {f"train/{key}": value for key, value in logs.items()}
+            self.log_dict(logs, batch_size=batch_size(batch))
+            self._row |= logs
         if completes:
             for scheduler in _as_list(self.lr_schedulers()):
                 scheduler.step()
         self._log_throughput(batch_size(batch))
         if self.device.type == "cpu" or len(self._unchecked) >= self.trainer.log_every_n_steps:
             self._check_bad_steps()
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """A batch is logged after the checkpoint behind it is written; a run killed in between has the row here."""
+        checkpoint["train_row"] = {name: float(value) for name, value in self._row.items()}
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Mean squared error and PSNR (dB, mean over images) of reconstructions in [0, 1]."""
