@@ -289,6 +289,14 @@ class Tokenizer(nn.Module):
         return f"name={self.info.name!r}"
 
 
+def raster(count: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """Rows and columns of a map of `count` tokens: its grid, or without one a square. Raises ZooError."""
+    rows, columns = grid or (math.isqrt(count),) * 2
+    if rows * columns != count:
+        raise ZooError(f"{count} tokens are no square map; say their rows and columns in Tokens.grid.")
+    return rows, columns
+
+
 def config_fields(config) -> dict[str, Any]:
     """Fields of a configuration by name; one that is a configuration itself becomes a dict that also says its class."""
     values = {f.name: getattr(config, f.name) for f in fields(config)}

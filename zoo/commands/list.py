@@ -19,8 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     names = zoo.list_tokenizers(pattern)
     if not names:
         raise ZooError(f"no tokenizer matches '{pattern}'; `zoo list` shows all.")
-    name = Column("name", overflow="fold")  # names are to be copied: never cut
-    table = Table(name, Column("system", no_wrap=True), "what", Column("weights", no_wrap=True))
+    whole = Column("name", overflow="fold")  # names are to be copied: never cut
+    table = Table(whole, Column("system", no_wrap=True), "what", Column("weights", no_wrap=True))
     for name in names:
         chosen = preset(name)
         system = chosen.tokenizer.__module__.split(".")[-2]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
+from zoo.tokenizer import raster
 
 
 @dataclass(frozen=True)
@@ -231,11 +232,7 @@ class Decoder(nn.Module):
 
 def to_map(tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
     """(B, N, D) in raster order to (B, D, rows, columns); without a grid N must be a square. Raises ZooError."""
-    count = tokens.shape[1]
-    rows, columns = grid or (round(count**0.5),) * 2
-    if rows * columns != count:
-        raise ZooError(f"{count} tokens are no square map; say their rows and columns in Tokens.grid.")
-    return tokens.transpose(1, 2).unflatten(2, (rows, columns))
+    return tokens.transpose(1, 2).unflatten(2, raster(tokens.shape[1], grid))
 
 
 def to_tokens(features: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from zoo.quantizers.ema import EMAQuantizer, Quantized, code_statistics, perplexity
 from zoo.quantizers.posterior import GaussianPosterior
 from zoo.quantizers.search import nearest_code, squared_distances
-from zoo.quantizers.vector import VectorQuantizer
+from zoo.quantizers.vector import VectorQuantizer, codebook_quantizer
 
 __all__ = [
     "EMAQuantizer",
@@ -11,6 +11,7 @@ __all__ = [
     "Quantized",
     "VectorQuantizer",
     "code_statistics",
+    "codebook_quantizer",
     "nearest_code",
     "perplexity",
     "squared_distances",

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.distributed import sum_over_ranks
-from zoo.quantizers.ema import Quantized, perplexity
+from zoo.quantizers.ema import EMAQuantizer, Quantized, perplexity
 from zoo.quantizers.search import nearest_code
 
 
@@ -57,3 +57,20 @@ class VectorQuantizer(nn.Module):
 
     def _scaled(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1) if self.normalize else vectors
+
+
+def codebook_quantizer(
+    num_codes: int,
+    dim: int,
+    commitment: float = 0.25,
+    codebook_weight: float = 1.0,
+    ema_decay: float = 0.0,
+    restart_below: float = 0.0,
+    normalize: bool = False,
+) -> VectorQuantizer | EMAQuantizer:
+    """Codes that are running means started from data where there is a decay, else codes learned by gradient."""
+    if ema_decay:
+        return EMAQuantizer(
+            num_codes, dim, ema_decay, commitment, init="data", restart_below=restart_below, normalize=normalize
+        )
+    return VectorQuantizer(num_codes, dim, commitment, codebook_weight, normalize)

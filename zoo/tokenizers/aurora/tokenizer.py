@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.quantizers import EMAQuantizer
-from zoo.tokenizer import Preset, Tokenizer, TokenizerInfo, Tokens, Weights
+from zoo.tokenizer import Preset, Tokenizer, TokenizerInfo, Tokens, Weights, raster
 
 
 @dataclass(frozen=True)
@@ -204,10 +204,7 @@ class AuroraTokenizer(Tokenizer):
 
     def _decode(self, tokens: Tokens) -> Tensor:
         ids = tokens.ids[self.config.stream]
-        rows, columns = tokens.grid or (math.isqrt(ids.shape[1]),) * 2
-        if rows * columns != ids.shape[1]:
-            raise ZooError(f"{ids.shape[1]} tokens are no square map; say their rows and columns in Tokens.grid.")
-        values = self.decode_ids(ids.unflatten(1, (rows, columns)))
+        values = self.decode_ids(ids.unflatten(1, raster(ids.shape[1], tokens.grid)))
         if self.config.objective == "classification":
             return values / max(self.config.channels - 1, 1)
         low, high = self.config.value_range

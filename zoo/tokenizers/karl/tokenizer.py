@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
+from zoo.nn.autoencoder import to_map, to_tokens
 from zoo.nn.transformer import Block
-from zoo.quantizers import EMAQuantizer, Quantized, VectorQuantizer
+from zoo.quantizers import Quantized, codebook_quantizer
 from zoo.tokenizer import Preset, Tokenizer, TokenizerInfo, Tokens, Weights
 from zoo.tokenizers.kl.tokenizer import KLConfig, KLTokenizer
 from zoo.tokenizers.vqgan import tokenizer as vqgan
@@ -120,7 +120,7 @@ class DistillationEncoder(nn.Module):
 
     def forward(self, grid: Tensor, quality: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
         """grid_tokens (B, W, h, w) and bins (B,) int64 to halting logits (B, T) and latents (B, T, d)."""
-        tokens = (grid + grid_positions(self.positions, grid.shape[2:])).flatten(2).transpose(1, 2)
+        tokens = to_tokens(grid + grid_positions(self.positions, grid.shape[2:]))
         queries = self.latent_tokens[:num_tokens].expand(len(grid), -1, -1)
         x = self.norm_pre(torch.cat([self.quality_embedding[quality][:, None], tokens, queries], dim=1))
         for block in self.blocks:
@@ -155,7 +155,7 @@ class DistillationDecoder(nn.Module):
         """
         count = grid[0] * grid[1]
         slot = self.slot_positions[: latents.shape[1]] if slots is None else self.slot_positions[slots]
-        places = self.mask_token + grid_positions(self.positions, grid).flatten(2).transpose(1, 2)
+        places = self.mask_token + to_tokens(grid_positions(self.positions, grid))
         x = torch.cat([places.expand(len(latents), -1, -1), self.embed(latents) + slot], dim=1)
         x = self.norm_pre(x)
         for block in self.blocks:
@@ -177,18 +177,15 @@ class KarlTokenizer(Tokenizer):
         on_vqgan = isinstance(c.base, VQGANConfig)
         self.base = VQGANTokenizer(c.base) if on_vqgan else KLTokenizer(c.base)
         self.encoder = DistillationEncoder(c)
-        if c.quantize and c.ema_decay:
-            self.quantizer = EMAQuantizer(
+        if c.quantize:
+            self.quantizer = codebook_quantizer(
                 c.codebook_size,
                 c.latent_dim,
-                c.ema_decay,
                 c.commitment,
-                init="data",
+                ema_decay=c.ema_decay,
                 restart_below=c.restart_below,
                 normalize=True,
             )
-        elif c.quantize:
-            self.quantizer = VectorQuantizer(c.codebook_size, c.latent_dim, c.commitment, normalize=True)
         self.decoder = DistillationDecoder(c)
         # as int32, so that to(bfloat16) leaves the bits of the float32 numbers alone
         bins = torch.tensor(c.quality_bins, dtype=torch.float32, device="cpu").view(torch.int32)
@@ -246,8 +243,7 @@ class KarlTokenizer(Tokenizer):
         """
         if isinstance(self.base, VQGANTokenizer):
             return self.base.encoder(values)
-        posterior = self.base.posterior(values)
-        return self.base.config.scale_factor * (posterior.sample(noise) if sample_posterior else posterior.mean)
+        return self.base.scaled_latents(values, sample_posterior, noise)
 
     def quality_bin(self, error: Tensor) -> Tensor:
         """The first bin that is not below an error, the last if there is none: int64 of the same shape."""
@@ -269,7 +265,7 @@ class KarlTokenizer(Tokenizer):
         """
         if isinstance(self.base, VQGANTokenizer):
             output = output.softmax(-1) @ self.base.quantizer.codebook.detach()
-        return rearrange(output, "b (h w) e -> b e h w", h=grid[0])
+        return to_map(output, tuple(grid))
 
     def decode_code(self, code: Tensor) -> Tensor:
         """Code of the base (B, E, h, w) to values (B, 3, H, W), not clamped.
@@ -318,12 +314,11 @@ class KarlTokenizer(Tokenizer):
 
     def _search(self, images: Tensor, grid: Tensor, length: int, target: Tensor) -> Tokens:
         bins = self.quality_bin(target)
-        best = self._tokens(grid, bins, length)
+        best = tokens = self._tokens(grid, bins, length)
         streams = [*best.ids.values(), *best.latents.values(), best.mask]
         errors = torch.full_like(target, torch.inf)
         pending = torch.arange(len(images), device=images.device)
-        while len(pending):
-            tokens = self._tokens(grid[pending], bins[pending], length)
+        while True:
             output = self._decode(tokens, grid.shape[2:]).clamp(0, 1)
             found = (output - images[pending]).abs().flatten(1).mean(1).float()
             better = found < errors[pending]
@@ -332,7 +327,9 @@ class KarlTokenizer(Tokenizer):
                 kept[pending[better]] = new[better]
             bins[pending] -= 1
             pending = pending[(found > target[pending]) & (bins[pending] >= 0)]
-        return best
+            if not len(pending):
+                return best
+            tokens = self._tokens(grid[pending], bins[pending], length)
 
     def _decode(self, tokens: Tokens, grid: Sequence[int] | None = None) -> Tensor:
         """grid: rows and columns of the base's grid, for images that are no squares of the size it was made for.
@@ -414,7 +411,7 @@ def align(blocks: nn.ModuleList, positions: Tensor, slots: Tensor, side: int) ->
     its place and a place at its slot, and neither at itself; it copies what it sees.
     """
     nn.init.normal_(positions, std=0.5)
-    places = grid_positions(positions, (side, side))[0].flatten(1).T
+    places = to_tokens(grid_positions(positions, (side, side)))[0]
     order = spread(side).to(places.device)[: len(slots)]
     slots[: len(order)] = -places[order]
     nn.init.normal_(slots[len(order) :], std=0.5)

@@ -20,6 +20,7 @@ from zoo.distributed import min_over_ranks, world_size
 from zoo.errors import ZooError
 from zoo.losses.adversarial import PatchDiscriminator, discriminator_loss, generator_loss
 from zoo.losses.perceptual import PerceptualLoss
+from zoo.nn.autoencoder import to_tokens
 from zoo.registry import has_weights, load_tokenizer, preset
 from zoo.tokenizers.karl.tokenizer import KarlTokenizer, halting_mask
 from zoo.tokenizers.vqgan.tokenizer import VQGANTokenizer
@@ -260,12 +261,12 @@ class KarlPretraining(KarlTraining):
 
     @torch.no_grad()
     def target(self, features: Tensor) -> Tensor:
-        features = features.flatten(2).transpose(1, 2)
+        features = to_tokens(features)
         base = self.tokenizer.base
         return base.quantizer.encode(features) if isinstance(base, VQGANTokenizer) else features
 
     def reconstruction(self, images, target, phase, num_tokens):
-        code = phase.code.flatten(2).transpose(1, 2)
+        code = to_tokens(phase.code)
         if not isinstance(self.tokenizer.base, VQGANTokenizer):
             return {"code": F.mse_loss(code, target)}, {}, None
         nll = F.cross_entropy(phase.output.flatten(0, 1), target.flatten())

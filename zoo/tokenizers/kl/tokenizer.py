@@ -51,6 +51,11 @@ class KLTokenizer(Tokenizer):
         """Values (B, 3, H, W) to the posterior of unscaled latents (B, D, h, w)."""
         return GaussianPosterior.from_moments(self.quant_conv(self.encoder(values)))
 
+    def scaled_latents(self, values: Tensor, sample_posterior: bool, noise: Tensor | None = None) -> Tensor:
+        """Values (B, 3, H, W) to latents (B, D, h, w) of the contract; noise: see GaussianPosterior.sample."""
+        posterior = self.posterior(values)
+        return self.config.scale_factor * (posterior.sample(noise) if sample_posterior else posterior.mean)
+
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Unscaled latents (B, D, h, w) to values (B, 3, H, W), not clamped."""
         return self.decoder(self.post_quant_conv(latents))
@@ -61,8 +66,7 @@ class KLTokenizer(Tokenizer):
         return self.decode_latents(posterior.sample()), posterior
 
     def _encode(self, images: Tensor, sample_posterior: bool = False) -> Tokens:
-        posterior = self.posterior(self.config.to_values(images))
-        latents = self.config.scale_factor * (posterior.sample() if sample_posterior else posterior.mean)
+        latents = self.scaled_latents(self.config.to_values(images), sample_posterior)
         return Tokens(latents={"image": to_tokens(latents)}, grid=tuple(latents.shape[2:]))
 
     def _decode(self, tokens: Tokens) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from zoo.errors import ZooError
 from zoo.nn.autoencoder import AutoencoderConfig, Decoder, Encoder, to_map, to_tokens
-from zoo.quantizers import EMAQuantizer, Quantized, VectorQuantizer
+from zoo.quantizers import Quantized, codebook_quantizer
 from zoo.tokenizer import Preset, Tokenizer, TokenizerInfo, Tokens, Weights
 
 
@@ -46,12 +46,9 @@ class VQGANTokenizer(Tokenizer):
         super().__init__(config)
         c = config
         self.encoder = Encoder(c, c.embed_dim)
-        if c.ema_decay:
-            self.quantizer = EMAQuantizer(
-                c.codebook_size, c.embed_dim, c.ema_decay, c.commitment, init="data", restart_below=c.restart_below
-            )
-        else:
-            self.quantizer = VectorQuantizer(c.codebook_size, c.embed_dim, c.commitment, c.codebook_weight)
+        self.quantizer = codebook_quantizer(
+            c.codebook_size, c.embed_dim, c.commitment, c.codebook_weight, c.ema_decay, c.restart_below
+        )
         self.decoder = Decoder(c, c.embed_dim)
         self.info = TokenizerInfo(
             system="vqgan",
@@ -75,7 +72,7 @@ class VQGANTokenizer(Tokenizer):
         return Tokens(ids={"image": self.quantizer.encode(to_tokens(features))}, grid=tuple(features.shape[2:]))
 
     def _decode(self, tokens: Tokens) -> Tensor:
-        codes = self.quantizer.codebook[tokens.ids["image"]]
+        codes = self.quantizer.codes(tokens.ids["image"])
         return self.config.to_images(self.decoder(to_map(codes, tokens.grid)))
 
 
