@@ -82,4 +82,18 @@ PRESETS = {
         Weights(manual="kl16.ckpt from the download script of https://github.com/LTH14/mar"),
         "MIT",
     ),
+    "kl-tiny": Preset(
+        KLTokenizer,
+        KLConfig(
+            image_size=64,
+            channels=16,
+            multipliers=(1, 1, 4, 4),
+            num_blocks=1,
+            embed_dim=8,
+            attention=(),
+            norm_groups=8,
+        ),
+        "small KL autoencoder trained on the embedded scenes: 64 x 64 images, 64 latents of 8 values",
+        Weights("kl-tiny.safetensors"),
+    ),
 }

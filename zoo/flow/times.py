@@ -1,0 +1,24 @@
+"""Which times a training sees, and how a sampler spaces its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def logit_normal(
+    shape: Sequence[int],
+    mean: float = 0.0,
+    std: float = 1.0,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """t = sigmoid(mean + std * z), z standard normal (arXiv 2403.03206, equation 19)."""
+    return torch.sigmoid(mean + std * torch.randn(tuple(shape), device=device, generator=generator))
+
+
+def shift(t: Tensor, factor: float) -> Tensor:
+    """factor t / (1 + (factor - 1) t): above 1 more of the steps are spent near noise (arXiv 2403.03206, equation 23)."""
+    return factor * t / (1 + (factor - 1) * t)
