@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import importlib
+import importlib.util
 import json
 import pkgutil
 from dataclasses import replace
@@ -25,7 +26,8 @@ def _shipped() -> dict[str, Preset]:
 
     presets: dict[str, Preset] = {}
     for folder in pkgutil.iter_modules(zoo.tokenizers.__path__, "zoo.tokenizers."):
-        presets |= importlib.import_module(f"{folder.name}.tokenizer").PRESETS
+        if importlib.util.find_spec(f"{folder.name}.tokenizer"):
+            presets |= importlib.import_module(f"{folder.name}.tokenizer").PRESETS
     return presets
 
 

@@ -35,3 +35,26 @@ def stepped_in_epoch(step: int, total: int, epoch: int, decay: float = 0.98, eve
         return 1.0
     epochs_done, iteration = divmod(step - 1, epoch)
     return decay ** (epochs_done * math.ceil(epoch / every) + iteration // every + 1)
+
+
+def plateau(
+    step: int,
+    total: int,
+    epoch: int,
+    warmup_epochs: float = 0.0,
+    decay_after_epochs: float = 0.0,
+    min_ratio: float = 0.0,
+) -> float:
+    """Linear warm-up from 0, then 1 until decay_after_epochs, then half a cosine to min_ratio at the end (xAR's script).
+
+    Raises ZooError when the run or an epoch has no known length.
+    """
+    if total < 0 or epoch < 0:
+        raise ZooError("a plateau schedule needs the length of the run and of an epoch; set trainer.max_epochs.")
+    warmup, decay = warmup_epochs * epoch, decay_after_epochs * epoch
+    if step < warmup:
+        return step / warmup
+    if step < decay:
+        return 1.0
+    share = min(1.0, (step - decay) / max(1, total - decay))
+    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * share))

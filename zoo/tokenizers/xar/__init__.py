@@ -1,0 +1,1 @@
+"""xAR: next-X prediction with flow matching over entities of continuous latents."""

@@ -1,0 +1,367 @@
+"""xAR (arXiv 2502.20388): next-X prediction with flow matching over entities of continuous latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from zoo.errors import ZooError
+from zoo.flow import euler, euler_maruyama, guide, heun, linear_scale
+from zoo.nn.rotary import grid_angles, rotate
+from zoo.tokenizers.xar.entities import partition
+
+TIMES = 1000
+"""Time ids are trunc(TIMES * t)."""
+
+
+@dataclass(frozen=True)
+class XARConfig:
+    """Sizes of the generator; the defaults are the published xAR-B."""
+
+    tokenizer: str = "kl-f16"
+    """Name of the continuous tokenizer whose latents it generates."""
+    grid: int = 16
+    """Side of the grid of latents."""
+    latent_dim: int = 16
+    num_classes: int = 1000
+    width: int = 768
+    encoder_depth: int = 8
+    encoder_heads: int = 12
+    decoder_depth: int = 8
+    decoder_heads: int = 12
+    mlp_ratio: float = 4.0
+    entity: str = "cell"
+    """"patch", "cell", "subsample", "scale" or "image"; see zoo.tokenizers.xar.entities."""
+    entity_size: int = 8
+    """Side of a cell, or stride of a subsample."""
+    scales: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Sides of the pictures of entity "scale"."""
+    attention_dropout: float = 0.1
+    dropout: float = 0.1
+    label_dropout: float = 0.1
+    """Share of labels that become "no class" in training."""
+    num_steps: int = 40
+    """Network calls for each entity when sampling, unless others are asked for."""
+    guidance: float = 2.7
+
+    def __post_init__(self):
+        partition(self.entity, self.grid, self.entity_size, self.scales)
+        for part in ("encoder", "decoder"):
+            heads = getattr(self, f"{part}_heads")
+            if heads < 1 or self.width % (4 * heads):
+                raise ZooError(
+                    f"XARConfig.width {self.width} must be a multiple of 4 times {part}_heads {heads}: a head turns "
+                    "pairs of channels with the row and with the column."
+                )
+        if self.num_classes < 1 or self.latent_dim < 1:
+            raise ZooError("XARConfig.num_classes and latent_dim must be at least 1.")
+        if self.guidance < 0 or self.num_steps < 2:
+            raise ZooError("XARConfig.guidance must not be below 0, and num_steps not below 2.")
+
+
+class RMSNorm(nn.RMSNorm):
+    """In float32 whatever the autocast; eps 1e-6."""
+
+    def __init__(self, width: int, weight: bool = True):
+        super().__init__(width, eps=1e-6, elementwise_affine=weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x.float(), self.normalized_shape, None, self.eps).to(x.dtype)
+        return normed if self.weight is None else normed * self.weight
+
+
+class Cache:
+    """Keys and values of the tokens generated so far, of every block: written in place, read as a slice."""
+
+    def __init__(self, rows: int, length: int, blocks: Sequence[Block], like: Tensor):
+        self.buffers = []
+        for block in blocks:
+            heads = block.attn.num_heads
+            shape = (2, rows, heads, length, like.shape[-1] // heads)
+            self.buffers.append(like.new_empty(shape))
+
+    def update(self, number: int, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Put keys and values (R, H, n, d) of a block at `start`; returns those of all tokens up to their end.
+
+        R may be below the number of rows: then only the first R take part.
+        """
+        end, buffer = start + keys.shape[2], self.buffers[number][:, : len(keys)]
+        buffer[0, :, :, start:end], buffer[1, :, :, start:end] = keys, values
+        return buffer[0, :, :, :end], buffer[1, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary queries and keys."""
+
+    def __init__(self, width: int, num_heads: int, attention_dropout: float, dropout: float):
+        super().__init__()
+        self.num_heads, self.attention_dropout = num_heads, attention_dropout
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None = None, remember=None) -> Tensor:
+        """x (B, n, D); angles: of these tokens; remember: function (keys, values) -> keys, values to attend to."""
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        q, k = (rotate(one, *angles) for one in (q, k))
+        if remember is not None:
+            k, v = remember(k, v)
+        dropout = self.attention_dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.drop(self.proj(rearrange(out, "b h n d -> b n (h d)")))
+
+
+class GatedMlp(nn.Module):
+    """GEGLU (arXiv 2002.05202) with exact GELU; hidden width int(width * ratio * 2 / 3)."""
+
+    def __init__(self, width: int, ratio: float, dropout: float):
+        super().__init__()
+        hidden = int(width * ratio * 2 / 3)
+        self.gate, self.value, self.out = nn.Linear(width, hidden), nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.out(self.drop(F.gelu(self.gate(x)) * self.value(x))))
+
+
+class Block(nn.Module):
+    """Pre-norm block whose two parts are scaled, shifted and gated by the condition (adaLN, arXiv 2212.09748)."""
+
+    def __init__(self, width: int, num_heads: int, c: XARConfig):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(width, weight=False), RMSNorm(width, weight=False)
+        self.attn = Attention(width, num_heads, c.attention_dropout, c.dropout)
+        self.mlp = GatedMlp(width, c.mlp_ratio, c.dropout)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, condition: Condition, angles, mask=None, remember=None) -> Tensor:
+        gate1, gate2, scale1, scale2, shift1, shift2 = condition.expand(self.modulation(condition.values))
+        h = condition.apply(self.norm1(x), scale1, shift1)
+        x = condition.add(x, gate1, self.attn(h, angles, mask, remember))
+        h = condition.apply(self.norm2(x), scale2, shift2)
+        return condition.add(x, gate2, self.mlp(h))
+
+
+class Condition:
+    """Vectors that modulate tokens, kept once for all tokens and rows that share them.
+
+    values: (..., D) distinct conditions; index: for each row of a batch its condition among (U, D) values, or None where
+    values are (B, E, D), one for each of E entities; lengths: tokens of each entity.
+    """
+
+    def __init__(self, values: Tensor, index: Tensor | None = None, lengths: Sequence[int] = ()):
+        self.values, self.index = values, index
+        self.entities = len(lengths) if len(set(lengths)) == 1 else 1
+        self.repeats = None
+        if len(set(lengths)) > 1:
+            self.repeats = torch.repeat_interleave(
+                torch.arange(len(lengths), device=values.device), torch.tensor(lengths, device=values.device)
+            )
+
+    def expand(self, modulation: Tensor) -> tuple[Tensor, ...]:
+        """(..., 6 D) to six tensors that broadcast over the tokens of their entity."""
+        if self.index is not None:
+            modulation = modulation[self.index][:, None]
+        if self.repeats is not None:
+            modulation = modulation[:, self.repeats]
+        return modulation.unsqueeze(2).chunk(6, dim=-1) if self.repeats is None else modulation.chunk(6, dim=-1)
+
+    def apply(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return self._by_entity(x, lambda x: torch.addcmul(x + shift, x, scale))
+
+    def add(self, x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+        if self.repeats is not None:
+            return torch.addcmul(x, gate, update)
+        shape = (self.entities, -1)
+        return torch.addcmul(x.unflatten(1, shape), gate, update.unflatten(1, shape)).flatten(1, 2)
+
+    def _by_entity(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        return function(x) if self.repeats is not None else function(x.unflatten(1, (self.entities, -1))).flatten(1, 2)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of an integer time id, then two layers."""
+
+    def __init__(self, width: int, frequencies: int = 256):
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) int64 to (..., D)."""
+        half = self.frequencies // 2
+        rates = torch.exp(-torch.log(torch.tensor(10_000.0)) * torch.arange(half) / half).to(ids.device)
+        angles = ids[..., None].float() * rates
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+
+
+def time_ids(t: Tensor) -> Tensor:
+    """trunc(1000 t) of float32 times: the product is taken in float32, which decides some ids."""
+    return (t.float() * TIMES).long()
+
+
+class XARGenerator(nn.Module):
+    """Generates latents of a continuous tokenizer for a class, entity by entity."""
+
+    Config = XARConfig
+
+    def __init__(self, config: XARConfig):
+        super().__init__()
+        c = self.config = config
+        self.partition = partition(c.entity, c.grid, c.entity_size, c.scales)
+        self.class_embedding = nn.Embedding(c.num_classes + 1, c.width)
+        self.time_embedding = TimeEmbedding(c.width)
+        self.embed = nn.Linear(c.latent_dim, c.width)
+        self.encoder_positions = nn.Parameter(torch.empty(1, self.partition.length, c.width))
+        self.embed_norm = RMSNorm(c.width)
+        self.encoder_blocks = nn.ModuleList(Block(c.width, c.encoder_heads, c) for _ in range(c.encoder_depth))
+        self.encoder_norm = RMSNorm(c.width)
+        self.decoder_embed = nn.Linear(c.width, c.width)
+        self.decoder_positions = nn.Parameter(torch.empty(1, self.partition.length, c.width))
+        self.decoder_blocks = nn.ModuleList(Block(c.width, c.decoder_heads, c) for _ in range(c.decoder_depth))
+        self.decoder_norm = RMSNorm(c.width)
+        self.head = nn.Linear(c.width, c.latent_dim)
+        self.register_buffer("mask", self.partition.mask(), persistent=False)
+        for name, heads in (("encoder", c.encoder_heads), ("decoder", c.decoder_heads)):
+            angles = grid_angles(self.partition.rows, self.partition.columns, c.width // heads)
+            self.register_buffer(f"{name}_angles", torch.stack(angles), persistent=False)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Fresh weights as published."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for table in (self.class_embedding.weight, self.encoder_positions, self.decoder_positions):
+            nn.init.normal_(table, std=0.02)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [*self.encoder_blocks, *self.decoder_blocks]
+
+    @property
+    def no_class(self) -> int:
+        """Label that means none."""
+        return self.config.num_classes
+
+    def condition(self, labels: Tensor, ids: Tensor) -> Tensor:
+        """Labels (...) and time ids (...), which broadcast, to conditions (..., D)."""
+        return self.class_embedding(labels) + self.time_embedding(ids)
+
+    def forward(self, tokens: Tensor, labels: Tensor, t: Tensor) -> Tensor:
+        """All entities at once: noisy tokens (B, L, C), labels (B,) and times (B, E) to velocities (B, L, C)."""
+        condition = Condition(self.condition(labels[:, None], time_ids(t)), lengths=self.partition.lengths)
+        return self.network(tokens, condition, slice(None), self.mask)
+
+    def network(self, tokens: Tensor, condition: Condition, span: slice, mask=None, cache=None, output=True):
+        """Tokens (R, n, C) at positions `span` of the sequence to velocities (R, n, C).
+
+        cache: what earlier tokens left, (block number, keys, values) -> keys, values; output=False: only fill it.
+        """
+        x = self.embed_norm(self.embed(tokens) + self.encoder_positions[:, span])
+        angles = self.encoder_angles[:, span].to(x.dtype)
+        blocks, first = self.blocks, self.config.encoder_depth
+        for number, block in enumerate(blocks):
+            if number == first:
+                x = self.decoder_embed(self.encoder_norm(x)) + self.decoder_positions[:, span]
+                angles = self.decoder_angles[:, span].to(x.dtype)
+            remember = None if cache is None else (lambda k, v, n=number: cache(n, k, v))
+            x = block(x, condition, angles, mask, remember)
+        return self.head(self.decoder_norm(x)) if output else None
+
+    @torch.no_grad()
+    def sample(
+        self,
+        labels: Tensor,
+        num_steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str = "sde",
+        start: Sequence[Tensor] | None = None,
+        noises: Sequence[Sequence[Tensor]] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> Tensor:
+        """Scaled latents (B, C, g, g) for labels (B,) in 0..num_classes, the last being "no class".
+
+        Args:
+            num_steps: network calls for each entity, at least 2.
+            guidance: of the last entity; it rises in a line from 1 at the first. 1 and less: none.
+            sampler: "sde" (Euler-Maruyama, published), "euler" or "heun" (deterministic).
+            start: of each entity (B, n, C), noises: of each entity and step but the last; drawn when left out.
+            generator: of what is drawn, one or one for each row, so that an image does not depend on its batch.
+        """
+        c, lengths = self.config, self.partition.lengths
+        steps = c.num_steps if num_steps is None else num_steps
+        scale = c.guidance if guidance is None else guidance
+        if steps < 2:
+            raise ZooError(f"num_steps must be at least 2, got {steps}.")
+        if not scale >= 0:
+            raise ZooError(f"guidance must not be below 0, got {scale}.")
+        if labels.ndim != 1 or labels.is_floating_point() or ((labels < 0) | (labels > self.no_class)).any():
+            raise ZooError(f"labels are integers (B,) from 0 to {self.no_class} (no class), got {labels}.")
+        if sampler not in SAMPLERS:
+            raise ZooError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
+        batch, guided = len(labels), scale > 1
+        distinct, index = torch.cat([labels, labels.new_tensor([self.no_class])]).unique(return_inverse=True)
+        rows = torch.cat([index[:-1], index[-1:].expand(batch)]) if guided else index[:-1]
+        cache = Cache(len(rows), self.partition.length, self.blocks, self.encoder_positions)
+
+        def draw(shape, dtype):
+            if isinstance(generator, (list, tuple)):
+                one = [torch.randn(shape[1:], dtype=dtype, device=g.device, generator=g) for g in generator]
+                return torch.stack(one).to(labels.device)
+            return torch.randn(shape, dtype=dtype, device=labels.device, generator=generator)
+
+        finished = []
+        for s, (begin, length) in enumerate(zip(self.partition.starts, lengths, strict=True)):
+            weight = linear_scale(scale, s, len(lengths))
+            used = rows if weight > 1 else rows[:batch]
+            if s:  # what was finished is context: clean, at time 0
+                self._call(finished[-1], 0.0, distinct, rows, begin - lengths[s - 1], cache, output=False)
+
+            def velocity(x: Tensor, t: float, used=used, weight=weight, begin=begin) -> Tensor:
+                v = self._call(x, t, distinct, used, begin, cache)
+                return guide(v[:batch], v[batch:], weight) if len(used) > batch else v
+
+            shape = (batch, length, c.latent_dim)
+            x = (draw(shape, torch.float32) if start is None else start[s]).double()
+            times, solve = SAMPLERS[sampler](steps)
+            if sampler == "sde":
+                drawn = (draw(shape, torch.float64) for _ in range(steps - 1)) if noises is None else noises[s]
+                x = solve(velocity, x, times, drawn)
+            else:
+                x = solve(velocity, x, times)
+            finished.append(x.to(self.encoder_positions.dtype))
+        return self.partition.to_grid(torch.cat(finished, dim=1))
+
+    def _call(self, x, t, distinct, rows, begin, cache, output=True):
+        """One entity at one time for all rows, the conditional ones first."""
+        dtype = self.encoder_positions.dtype
+        tokens = x.to(dtype).repeat(len(rows) // len(x), 1, 1)
+        ids = time_ids(torch.tensor(t, device=x.device))
+        condition = Condition(self.condition(distinct, ids), rows)
+        span = slice(begin, begin + x.shape[1])
+        out = self.network(tokens, condition, span, None, lambda n, k, v: cache.update(n, k, v, begin), output)
+        return None if out is None else out.double()
+
+
+def sde_times(num_steps: int) -> list[float]:
+    """num_steps times from 1 to 0.04, then 0."""
+    return [*torch.linspace(1, 0.04, num_steps, dtype=torch.float64).tolist(), 0.0]
+
+
+def ode_times(num_steps: int) -> list[float]:
+    """num_steps + 1 times from 1 to 0."""
+    return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
+
+
+SAMPLERS = {
+    "sde": lambda steps: (sde_times(steps), euler_maruyama),
+    "euler": lambda steps: (ode_times(steps), euler),
+    "heun": lambda steps: (ode_times(steps), heun),
+}
