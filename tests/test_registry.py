@@ -93,7 +93,7 @@ def test_a_name_can_be_added_from_outside_once():
     finally:
         from zoo import registry
 
-        del registry._registered["mine-test"]
+        del registry.tokenizers._registered["mine-test"]
     assert "mine-test" not in presets()
 
 

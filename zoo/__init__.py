@@ -1,7 +1,16 @@
 """A model zoo of unified visual tokenizers: one contract, one way to train, the authors' weights."""
 
 from zoo.errors import ZooError
-from zoo.registry import create_tokenizer, list_tokenizers, load_tokenizer, register_tokenizer, save_tokenizer
+from zoo.registry import (
+    create_generator,
+    create_tokenizer,
+    list_generators,
+    list_tokenizers,
+    load_generator,
+    load_tokenizer,
+    register_tokenizer,
+    save_tokenizer,
+)
 from zoo.tokenizer import Preset, Tokenizer, TokenizerInfo, Tokens, Weights
 
 __all__ = [
@@ -11,8 +20,11 @@ __all__ = [
     "Tokens",
     "Weights",
     "ZooError",
+    "create_generator",
     "create_tokenizer",
+    "list_generators",
     "list_tokenizers",
+    "load_generator",
     "load_tokenizer",
     "register_tokenizer",
     "save_tokenizer",

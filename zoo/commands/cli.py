@@ -21,7 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zoo.errors import ZooError, nearest
-from zoo.registry import preset, presets, resource
+from zoo.registry import generators, preset, resource, tokenizers
 from zoo.tokenizer import config_fields
 
 MISTAKES = (HydraException, OmegaConfBaseException, ZooError, MisconfigurationException)
@@ -33,7 +33,7 @@ def run(command: str, task: Callable[[DictConfig], object], argv: list[str] | No
     Returns the exit code: 0, or 2 after a mistake of the user, which is told in one line without a traceback
     (HYDRA_FULL_ERROR=1 shows it). `output_dir` of the configuration is made absolute, one folder a job in a multirun.
     """
-    store_tokenizers()
+    store_presets()
     overrides = sys.argv[1:] if argv is None else argv
     original, show = sys.argv, bool(os.environ.get("HYDRA_FULL_ERROR"))
     mistakes = []
@@ -69,18 +69,19 @@ def run(command: str, task: Callable[[DictConfig], object], argv: list[str] | No
 
 def compose(command: str, overrides: list[str] | None = None) -> DictConfig:
     """The configuration of a command as its command line would give it, for use from Python."""
-    store_tokenizers()
+    store_presets()
     with hydra.initialize_config_dir(str(resource("conf")), version_base="1.3"):
         cfg = hydra.compose(command, overrides or [])
     check(cfg)
     return cfg
 
 
-def store_tokenizers() -> None:
-    """Make every preset of the registry an option of the group `tokenizer`, so that its sizes stand in one place."""
-    for name, one in presets().items():
-        node = {"_target_": "zoo.create_tokenizer", "name": name} | config_fields(one.config)
-        ConfigStore.instance().store(group="tokenizer", name=name, node=node)
+def store_presets() -> None:
+    """Make every preset an option of the group `tokenizer` or `generator`, so that its sizes stand in one place."""
+    for registry in (tokenizers, generators):
+        for name, one in registry.presets().items():
+            node = {"_target_": f"zoo.create_{registry.kind}", "name": name} | config_fields(one.config)
+            ConfigStore.instance().store(group=registry.kind, name=name, node=node)
 
 
 def changed_fields(node: DictConfig) -> dict:

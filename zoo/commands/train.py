@@ -63,8 +63,8 @@ def train(cfg: DictConfig) -> L.Trainer:
         print(f"ended by SIGTERM after {trainer.global_step} steps; resume=true goes on from there", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
     if trainer.is_global_zero:
-        zoo.save_tokenizer(module.tokenizer, output / "tokenizer.safetensors")
-        print(f"trained {trainer.global_step} steps; tokenizer, metrics and pictures are in {output}")
+        path = module.save(output)
+        print(f"trained {trainer.global_step} steps; {path.stem}, metrics and pictures are in {output}")
     return trainer
 
 

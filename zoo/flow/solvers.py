@@ -55,7 +55,11 @@ def euler_maruyama(
         dt, w = following - t, diffusion(t)
         e = None
         if i < steps - 1:  # drawn before the network is called
-            e = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator) if noises is None else next(noises)
+            e = (
+                torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+                if noises is None
+                else next(noises)
+            )
         v = velocity(x, t)
         x = x + dt * (v - w / 2 * score(x, v, t))
         if e is not None:
@@ -73,6 +77,8 @@ def adaptive(
     try:
         from torchdiffeq import odeint
     except ImportError as error:
-        raise ZooError("adaptive solvers need torchdiffeq; install it with pip install 'tokenizer-zoo[ode]'.") from error
+        raise ZooError(
+            "adaptive solvers need torchdiffeq; install it with pip install 'tokenizer-zoo[ode]'."
+        ) from error
     span = torch.tensor([start, end], dtype=x.dtype, device=x.device)
     return odeint(lambda t, x: velocity(x, float(t)), x, span, method=method, **options)[-1]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -15,6 +16,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ParallelStrategy
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
+from zoo.registry import save_tokenizer
 from zoo.tokenizer import Tokenizer
 from zoo.training.schedules import constant
 
@@ -57,7 +59,8 @@ class TrainingModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.tokenizer = tokenizer
-        self.recipe, self.schedules = dict(optimizers), dict(schedules or {})
+        self.recipe = {name: optimizer for name, optimizer in optimizers.items() if optimizer is not None}
+        self.schedules = dict(schedules or {})
         self.gradient_clip, self.accumulate = gradient_clip, accumulate
         self.max_bad_steps, self.seed = max_bad_steps, seed
         self._unchecked: list[tuple[int, list[str], Tensor]] = []  # steps whose finiteness was not read yet
@@ -74,6 +77,12 @@ class TrainingModule(L.LightningModule):
     def optimized(self) -> dict[str, nn.Module]:
         """The module that each optimizer trains, as far as its parameters require gradients."""
         return {"tokenizer": self.tokenizer}
+
+    def save(self, folder: Path) -> Path:
+        """Write what was trained into a folder, for use by name; returns the file."""
+        path = folder / "tokenizer.safetensors"
+        save_tokenizer(self.tokenizer, path)
+        return path
 
     def compiled(self) -> list[nn.Module]:
         """Those parts of the tokenizer that training calls."""

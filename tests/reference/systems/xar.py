@@ -21,7 +21,9 @@ from zoo.training.schedules import plateau
 
 def run(vectors: Vectors, case: str) -> dict[str, Tensor]:
     about = vectors.cases[case]
-    function = CASES.get(case) or next(f for name, f in CASES.items() if name.endswith("*") and case.startswith(name[:-1]))
+    function = CASES.get(case) or next(
+        f for name, f in CASES.items() if name.endswith("*") and case.startswith(name[:-1])
+    )
     return function(vectors, about)
 
 
@@ -112,7 +114,12 @@ def forward(vectors: Vectors, about: dict) -> tuple[dict[str, Tensor], XARGenera
     result = flow_loss(generator, given("latents"), labels, times, noise)
     for name in ("time_embedding", "encoder_block0_modulation"):
         found[name] = found[name].transpose(0, 1).flatten(0, 1)  # index entity * B + sample
-    for name in ("embedded", "encoder_norm", "decoder_last_block", *(f"encoder_block0{s}" for s in ("", "_attention", "_mlp"))):
+    for name in (
+        "embedded",
+        "encoder_norm",
+        "decoder_last_block",
+        *(f"encoder_block0{s}" for s in ("", "_attention", "_mlp")),
+    ):
         found[name] = found[name][:1, ::2]
     found |= {
         "time": times.T.flatten(),
@@ -202,7 +209,9 @@ def sampling(vectors: Vectors, about: dict) -> dict[str, Tensor]:
 
         lengths = generator.partition.lengths[:-1]
         none = torch.tensor([generator.no_class])
-        condition = Condition(generator.condition(none[:, None], torch.zeros(1, len(lengths), dtype=torch.int64)), lengths=lengths)
+        condition = Condition(
+            generator.condition(none[:, None], torch.zeros(1, len(lengths), dtype=torch.int64)), lengths=lengths
+        )
         with torch.no_grad():
             generator.network(sequence[:1, :end], condition, slice(0, end), generator.mask[:end, :end], keep)
         out["cache_values_last_block"] = kept[len(generator.blocks) - 1]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zoo.errors import ZooError
 from zoo.flow import euler, euler_maruyama, guide, heun, linear_scale
 from zoo.nn.rotary import grid_angles, rotate
+from zoo.tokenizer import Preset, Weights
 from zoo.tokenizers.xar.entities import partition
 
 TIMES = 1000
@@ -45,6 +46,8 @@ class XARConfig:
     dropout: float = 0.1
     label_dropout: float = 0.1
     """Share of labels that become "no class" in training."""
+    class_names: tuple[str, ...] = ()
+    """What the classes are called, if they have names."""
     num_steps: int = 40
     """Network calls for each entity when sampling, unless others are asked for."""
     guidance: float = 2.7
@@ -58,10 +61,28 @@ class XARConfig:
                     f"XARConfig.width {self.width} must be a multiple of 4 times {part}_heads {heads}: a head turns "
                     "pairs of channels with the row and with the column."
                 )
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise ZooError(f"XARConfig has {self.num_classes} classes and {len(self.class_names)} class_names.")
         if self.num_classes < 1 or self.latent_dim < 1:
             raise ZooError("XARConfig.num_classes and latent_dim must be at least 1.")
         if self.guidance < 0 or self.num_steps < 2:
             raise ZooError("XARConfig.guidance must not be below 0, and num_steps not below 2.")
+
+
+@dataclass(frozen=True)
+class GeneratorInfo:
+    """What a caller has to know about a generator before using it."""
+
+    system: str
+    paper: str
+    tokenizer: str
+    """Name of the tokenizer whose latents it generates."""
+    shape: tuple[int, int, int]
+    """Channels, rows and columns of the latents of an image."""
+    classes: tuple[str, ...]
+    """Names, or numbers as text, of the classes."""
+    name: str = "custom"
+    licence: str = "Apache-2.0"
 
 
 class RMSNorm(nn.RMSNorm):
@@ -229,6 +250,13 @@ class XARGenerator(nn.Module):
         for name, heads in (("encoder", c.encoder_heads), ("decoder", c.decoder_heads)):
             angles = grid_angles(self.partition.rows, self.partition.columns, c.width // heads)
             self.register_buffer(f"{name}_angles", torch.stack(angles), persistent=False)
+        self.info = GeneratorInfo(
+            system="xar",
+            paper="arXiv:2502.20388",
+            tokenizer=c.tokenizer,
+            shape=(c.latent_dim, c.grid, c.grid),
+            classes=c.class_names or tuple(map(str, range(c.num_classes))),
+        )
         self.initialize()
 
     @torch.no_grad()
@@ -364,4 +392,52 @@ SAMPLERS = {
     "sde": lambda steps: (sde_times(steps), euler_maruyama),
     "euler": lambda steps: (ode_times(steps), euler),
     "heun": lambda steps: (ode_times(steps), heun),
+}
+
+
+NO_LICENCE = "none stated by the authors (all rights reserved)"
+
+PRESETS = {
+    name: Preset(
+        XARGenerator,
+        XARConfig(
+            width=width,
+            encoder_depth=depth,
+            decoder_depth=depth,
+            encoder_heads=heads,
+            decoder_heads=heads,
+            num_steps=steps,
+            guidance=guidance,
+        ),
+        f"published {name}: 256 x 256 images of ImageNet's classes in 4 cells of kl-f16",
+        Weights(f"hf://OliverRen/xAR/xAR-{name[-1].upper()}.pth"),
+        NO_LICENCE,
+    )
+    for name, width, depth, heads, steps, guidance in (
+        ("xar-b", 768, 8, 12, 40, 2.7),
+        ("xar-l", 1024, 16, 16, 50, 2.3),
+        ("xar-h", 1280, 20, 16, 50, 2.2),
+    )
+} | {
+    "xar-tiny": Preset(
+        XARGenerator,
+        XARConfig(
+            tokenizer="kl-tiny",
+            grid=8,
+            latent_dim=8,
+            num_classes=8,
+            width=192,
+            encoder_depth=3,
+            encoder_heads=6,
+            decoder_depth=3,
+            decoder_heads=6,
+            entity_size=4,
+            scales=(1, 2, 4, 8),
+            class_names=("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"),
+            num_steps=25,
+            guidance=2.0,
+        ),
+        "small generator trained on the embedded scenes: 64 x 64 images by the colour that covers most",
+        Weights("xar-tiny.safetensors"),
+    )
 }

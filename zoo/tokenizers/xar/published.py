@@ -57,7 +57,9 @@ def from_published(state: Mapping[str, Tensor], config: XARConfig) -> dict[str, 
     known, rest = buffers(config), dict(state)
     for name, expected in known.items():
         found = rest.pop(name, None)
-        if found is not None and (found.shape != expected.shape or not torch.allclose(found.float(), expected, atol=1e-5)):
+        if found is not None and (
+            found.shape != expected.shape or not torch.allclose(found.float(), expected, atol=1e-5)
+        ):
             raise ZooError(f"the file's '{name}' is not that of this partition ({config.entity} {config.entity_size}).")
     return rename(rest, names(config))
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from zoo.flow import interpolate, velocity
+from zoo import registry
+from zoo.distributed import world_size
+from zoo.errors import ZooError
+from zoo.flow import interpolate, logit_normal, velocity
+from zoo.nn.autoencoder import to_map
+from zoo.tokenizer import Tokenizer
+from zoo.tokenizers.kl.tokenizer import KLTokenizer
 from zoo.tokenizers.xar.generator import XARGenerator
+from zoo.training.module import Losses, TrainingModule, batch_size
 
 
 class FlowLoss(NamedTuple):
@@ -46,3 +55,99 @@ def flow_loss(
     noisy = interpolate(data, noise, t)
     prediction = generator(noisy, labels, times)
     return FlowLoss((prediction - velocity(data, noise)).square().mean(), prediction, noisy)
+
+
+class XARTraining(TrainingModule):
+    """One optimizer, one loss; the tokenizer is frozen.
+
+    Args:
+        tokenizer: whose latents are generated.
+        generator: what is trained.
+        labels: batch -> (B,) int64 classes, see zoo.data.labels.
+        tokenizer_weights: a file, where the tokenizer's name alone has none.
+        clean_context: ablation, see flow_loss.
+        others: of TrainingModule.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        generator: XARGenerator,
+        labels: Callable[[dict], Tensor],
+        tokenizer_weights: str | Path | None = None,
+        clean_context: bool = False,
+        **arguments,
+    ):
+        space = registry.load_tokenizer(tokenizer.info.name, tokenizer_weights)
+        check_space(generator, space)
+        super().__init__(space.requires_grad_(False), **arguments)
+        self.generator, self.labels, self.clean_context = generator, labels, clean_context
+
+    def optimized(self) -> dict[str, nn.Module]:
+        return {"generator": self.generator}
+
+    def compiled(self) -> list[nn.Module]:
+        return [self.generator]
+
+    def train(self, mode: bool = True) -> "XARTraining":
+        super().train(mode)
+        self.tokenizer.eval()
+        return self
+
+    def losses(self, batch: dict) -> Losses:
+        draws = self.shared_generator(self.device)
+        loss = self.flow_loss(batch, draws, drop=True)
+        yield "generator", loss, {"loss": loss.detach()}
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        """The loss without any dropout, at times and noise that are the same in every validation."""
+        draws = torch.Generator(self.device).manual_seed(batch_idx)
+        loss = self.flow_loss(batch, draws, drop=False)
+        self.log_dict({"val/loss": loss}, batch_size=batch_size(batch), sync_dist=True, prog_bar=True)
+
+    def flow_loss(self, batch: dict, draws: torch.Generator, drop: bool) -> Tensor:
+        """What belongs to an image is drawn for the images of all ranks, so that their number does not matter."""
+        generator, count = self.generator, batch_size(batch) * world_size()
+
+        def own(rows: Tensor) -> Tensor:
+            return rows.tensor_split(world_size())[self.global_rank]
+
+        def normal(*shape: int) -> Tensor:
+            return own(torch.randn(count, *shape, device=self.device, generator=draws))
+
+        latents = self.latents(batch, normal(*generator.info.shape))
+        labels = self.labels(batch).to(self.device)
+        uniform = own(torch.rand(count, device=self.device, generator=draws))
+        if drop:
+            labels = drop_labels(labels, generator.no_class, generator.config.label_dropout, uniform)
+        cut = generator.partition
+        times = own(logit_normal((count, len(cut.lengths)), device=self.device, generator=draws))
+        noise = normal(cut.length, generator.config.latent_dim)
+        return flow_loss(generator, latents, labels, times, noise, self.clean_context).loss
+
+    @torch.no_grad()
+    def latents(self, batch: dict, noise: Tensor) -> Tensor:
+        """(B, C, g, g) scaled latents: of a KL autoencoder drawn from the posterior."""
+        images, space = batch["image"], self.tokenizer
+        if isinstance(space, KLTokenizer):
+            return space.config.scale_factor * space.posterior(space.config.to_values(images)).sample(noise)
+        tokens = space.encode(images)
+        return to_map(tokens.latents[space.info.streams[0]], tokens.grid)
+
+    def save(self, folder: Path) -> Path:
+        path = folder / "generator.safetensors"
+        registry.save(self.generator, path)
+        return path
+
+
+def check_space(generator: XARGenerator, tokenizer: Tokenizer) -> None:
+    """Raise ZooError unless the generator's latents are those of the tokenizer."""
+    info, (channels, rows, columns) = tokenizer.info, generator.info.shape
+    if info.kind != "continuous":
+        raise ZooError(f"{generator.info.name} generates continuous latents, and {info.name} has discrete tokens.")
+    width, count = info.latent_dims[info.streams[0]], info.max_tokens
+    if (width, count) != (channels, rows * columns):
+        raise ZooError(
+            f"{generator.info.name} generates {rows} x {columns} latents of {channels} values, and {info.name} has "
+            f"{count} of {width}; set generator.grid and generator.latent_dim."
+        )
