@@ -21,7 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zoo.errors import ZooError, nearest
-from zoo.registry import generators, preset, resource, tokenizers
+from zoo.registry import Registry, generators, resource, tokenizers
 from zoo.tokenizer import config_fields
 
 MISTAKES = (HydraException, OmegaConfBaseException, ZooError, MisconfigurationException)
@@ -84,9 +84,10 @@ def store_presets() -> None:
             ConfigStore.instance().store(group=registry.kind, name=name, node=node)
 
 
-def changed_fields(node: DictConfig) -> dict:
-    """Fields of cfg.tokenizer that are not the preset's, for load_tokenizer."""
-    known = json.loads(json.dumps(config_fields(preset(node.name).config)))  # tuples as lists, as they are in the node
+def changed_fields(node: DictConfig, registry: Registry = tokenizers) -> dict:
+    """Fields of cfg.tokenizer or cfg.generator that are not the preset's, for `load` of the registry."""
+    config = registry.preset(node.name).config
+    known = json.loads(json.dumps(config_fields(config)))  # tuples as lists, as they are in the node
     fields = {name: value for name, value in OmegaConf.to_container(node).items() if name not in ("_target_", "name")}
     return {name: value for name, value in fields.items() if value != known.get(name)}
 

@@ -1,4 +1,4 @@
-"""`zoo info NAME`: everything the zoo knows about one tokenizer."""
+"""`zoo info NAME`: everything the zoo knows about one tokenizer or generator."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import zoo
-from zoo.registry import preset, resource
+from zoo.registry import generators, resource, tokenizers
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("zoo info", description=__doc__)
     parser.add_argument("name")
     name = parser.parse_args(argv).name
-    chosen = preset(name)
+    registry = generators if name in generators.presets() else tokenizers
+    chosen = registry.preset(name)
     with torch.device("meta"):
-        tokenizer = zoo.create_tokenizer(name)
+        made = registry.create(name)
     table = Table("", name, show_header=True, title=chosen.description)
-    for key, value in asdict(tokenizer.info).items():
+    for key, value in asdict(made.info).items():
         if key != "name":
             table.add_row(key, str(value))
-    table.add_row("parameters", f"{sum(p.numel() for p in tokenizer.parameters()):,}")
-    table.add_row("configuration", "\n".join(f"{k} = {v!r}" for k, v in asdict(tokenizer.config).items()))
+    table.add_row("parameters", f"{sum(p.numel() for p in made.parameters()):,}")
+    table.add_row("configuration", "\n".join(f"{k} = {v!r}" for k, v in asdict(made.config).items()))
     weights = chosen.weights
     table.add_row("weights", "none published" if weights is None else weights.location or f"by hand: {weights.manual}")
     card = resource("checkpoints") / f"{name}.md"

@@ -1,4 +1,4 @@
-"""`zoo list [PATTERN]`: the tokenizers there are."""
+"""`zoo list [PATTERN]`: the tokenizers and generators there are."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import argparse
 from rich.console import Console
 from rich.table import Column, Table
 
-import zoo
 from zoo.errors import ZooError
-from zoo.registry import has_weights, preset
+from zoo.registry import generators, has_weights, tokenizers
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("zoo list", description=__doc__)
     parser.add_argument("pattern", nargs="?", default="*", help="names that match, for example 'karl*'")
     pattern = parser.parse_args(argv).pattern
-    names = zoo.list_tokenizers(pattern)
-    if not names:
-        raise ZooError(f"no tokenizer matches '{pattern}'; `zoo list` shows all.")
+    found = [(registry, name) for registry in (tokenizers, generators) for name in registry.list(pattern)]
+    if not found:
+        raise ZooError(f"no tokenizer or generator matches '{pattern}'; `zoo list` shows all.")
     whole = Column("name", overflow="fold")  # names are to be copied: never cut
     table = Table(whole, Column("system", no_wrap=True), "what", Column("weights", no_wrap=True))
-    for name in names:
-        chosen = preset(name)
+    for registry, name in found:
+        chosen = registry.preset(name)
         system = chosen.tokenizer.__module__.split(".")[-2]
         where = "by name" if has_weights(chosen) else "your file" if chosen.weights else "none"
         table.add_row(name, system, chosen.description, where)
