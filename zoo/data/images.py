@@ -21,7 +21,7 @@ INTERPOLATIONS = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR}
 class Decoder:
     """Makes the fields that a run asks for out of a raw sample, and decodes nothing else.
 
-    fields: "image", "depth", or any text: a member `<field>` or `<field>.txt` (for "caption" also `txt`; for "class"
+    fields: "image", "depth", an array in a member `<field>.npy`, or any text: a member `<field>` or `<field>.txt` (for "caption" also `txt`; for "class"
         also `cls`, a number), else an entry of the member `json`.
     image_size: side of the square; None keeps the size of the file. What has that size is not resampled.
     crop: "center" and "random" scale the shorter side to image_size and cut a square out there; "resized" cuts out a
@@ -70,6 +70,8 @@ class Decoder:
                     sample[field] = self._depth(*_picture(raw, "depth", ("depth",)), depth, squash)
                 elif field == "class" and "cls" in raw:
                     sample[field] = int(raw["cls"])
+                elif f"{field}.npy" in raw:
+                    sample[field] = _array(f"{field}.npy", raw[f"{field}.npy"])
                 elif text := next(
                     (m for m in (field, f"{field}.txt", *["txt"] * (field == "caption")) if m in raw), None
                 ):
@@ -234,6 +236,13 @@ def _picture(raw: dict, field: str, stems: tuple[str, ...]) -> tuple[str, bytes]
         if stem in stems and (kind in IMAGE_SUFFIXES or suffix == "depth.npz"):
             return suffix, data
     raise BadSample(f"no {field!r} among {_content(raw, {})}")
+
+
+def _array(suffix: str, data: bytes) -> np.ndarray:
+    try:
+        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise BadSample(f"{suffix!r} is no whole array ({error})") from None
 
 
 def _content(raw: dict, record: dict) -> str:

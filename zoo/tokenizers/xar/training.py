@@ -14,6 +14,7 @@ from zoo.distributed import world_size
 from zoo.errors import ZooError
 from zoo.flow import interpolate, logit_normal, velocity
 from zoo.nn.autoencoder import to_map
+from zoo.quantizers import GaussianPosterior
 from zoo.tokenizer import Tokenizer
 from zoo.tokenizers.kl.tokenizer import KLTokenizer
 from zoo.tokenizers.xar.generator import XARGenerator
@@ -127,8 +128,17 @@ class XARTraining(TrainingModule):
 
     @torch.no_grad()
     def latents(self, batch: dict, noise: Tensor) -> Tensor:
-        """(B, C, g, g) scaled latents: of a KL autoencoder drawn from the posterior."""
-        images, space = batch["image"], self.tokenizer
+        """(B, C, g, g) scaled latents: of a KL autoencoder drawn from the posterior.
+
+        A batch with the moments that `zoo pretokenize` wrote is not encoded; of two views each image takes one.
+        """
+        space = self.tokenizer
+        if "moments" in batch:
+            moments = batch["moments"]
+            view = torch.randint(moments.shape[1], (len(moments),), device=moments.device)
+            chosen = moments[torch.arange(len(moments), device=moments.device), view]
+            return space.config.scale_factor * GaussianPosterior.from_moments(chosen).sample(noise)
+        images = batch["image"]
         if isinstance(space, KLTokenizer):
             return space.config.scale_factor * space.posterior(space.config.to_values(images)).sample(noise)
         tokens = space.encode(images)
