@@ -36,9 +36,11 @@ def without_cache(generator: XARGenerator, labels, steps, scale, start, noises):
             tokens = torch.cat([context, x.float()], dim=1).repeat(len(rows) // batch, 1, 1)
             ids = torch.zeros(len(rows), s + 1, dtype=torch.int64)
             ids[:, -1] = time_ids(torch.tensor(t))
-            condition = Condition(generator.condition(rows[:, None], ids), lengths=lengths[: s + 1])
+            condition = Condition.of_entities(generator.condition(rows[:, None], ids), lengths[: s + 1])
             end = tokens.shape[1]
-            v = generator.network(tokens, condition, slice(0, end), generator.mask[:end, :end])[:, -lengths[s] :].double()
+            v = generator.network(tokens, condition, slice(0, end), generator.mask[:end, :end])[
+                :, -lengths[s] :
+            ].double()
             return guide(v[:batch], v[batch:], weight) if len(rows) > batch else v
 
         finished.append(euler_maruyama(velocity, start[s].double(), sde_times(steps), noises[s]).float())
@@ -68,7 +70,9 @@ def transcription(generator: XARGenerator, labels, steps, scale, start, noises):
             q, k, v = rearrange(block.attn.qkv(h), "b n (t h d) -> t b h n d", t=3, h=block.attn.num_heads)
             q, k = rotate(q, *angles), rotate(k, *angles)
             cached = caches[number]
-            keys, values = (k, v) if cached is None else (torch.cat([c, o], 2) for c, o in zip(cached, (k, v), strict=True))
+            keys, values = (
+                (k, v) if cached is None else (torch.cat([c, o], 2) for c, o in zip(cached, (k, v), strict=True))
+            )
             if keep:
                 size = 0 if cached is None else cached[0].shape[2]
                 caches[number] = keys[:, :, : size + keep], values[:, :, : size + keep]
@@ -143,7 +147,15 @@ def best_of(rounds: int, contenders: dict[str, Callable]) -> tuple[dict[str, flo
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("threads", 1), ("rounds", 3), ("width", 256), ("depth", 4), ("heads", 4), ("steps", 10), ("batch", 4)):
+    for name, value in (
+        ("threads", 1),
+        ("rounds", 3),
+        ("width", 256),
+        ("depth", 4),
+        ("heads", 4),
+        ("steps", 10),
+        ("batch", 4),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -178,7 +190,9 @@ def main() -> None:
             table.add_row(str(scale), name, f"{seconds:.2f}", f"{seconds / best['zoo']:.2f}", difference)
         table.add_section()
     Console(width=110).print(table)
-    floats = sum(2 * b.attn.num_heads * generator.partition.length * args.width // b.attn.num_heads for b in generator.blocks)
+    floats = sum(
+        2 * b.attn.num_heads * generator.partition.length * args.width // b.attn.num_heads for b in generator.blocks
+    )
     print(f"keys and values of an image: {4 * floats / 2**20:.1f} MiB, twice that with guidance")
 
 

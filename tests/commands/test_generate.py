@@ -30,7 +30,11 @@ def folder(tmp_path_factory):
 
 def arguments(folder, output, *overrides):
     return [
-        *("generator=xar-tiny", f"weights={folder}/generator.safetensors", f"tokenizer_weights={folder}/kl.safetensors"),
+        *(
+            "generator=xar-tiny",
+            f"weights={folder}/generator.safetensors",
+            f"tokenizer_weights={folder}/kl.safetensors",
+        ),
         *("num_steps=3", "num_images=6", "batch_size=4", "device=cpu", f"output_dir={output}"),
         *overrides,
     ]

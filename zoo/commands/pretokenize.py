@@ -51,7 +51,9 @@ def pretokenize(cfg: DictConfig) -> dict:
     if source is None:
         raise ZooError(f"split={cfg.split} needs data that has one; this data has none.")
     names = [f"{number:05d}.tar" for number in range(cfg.num_shards)]
-    mine = [n for n in range(cfg.num_shards)[fabric.global_rank :: fabric.world_size] if not (folder / names[n]).is_file()]
+    mine = [
+        n for n in range(cfg.num_shards)[fabric.global_rank :: fabric.world_size] if not (folder / names[n]).is_file()
+    ]
     with Progress(transient=True, disable=not fabric.is_global_zero) as progress:
         for number in progress.track(mine, description=tokenizer.info.name):
             loader = Loader(source, **data.options, rank=number, world_size=cfg.num_shards)  # a shard is a rank's share

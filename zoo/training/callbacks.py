@@ -6,14 +6,15 @@ import csv
 from pathlib import Path
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torchvision.utils import make_grid, save_image
 
+from zoo.training.module import batch_size
 
-class ReconstructionPictures(L.Callback):
-    """Writes input, reconstruction and absolute error of the first validation images to folder/step-N.png."""
+
+class ValidationPictures(L.Callback):
+    """Writes what the module shows of the first validation batch to folder/step-N.png, num_images in a row."""
 
     def __init__(self, folder: str, num_images: int = 8):
         self.folder, self.num_images = Path(folder), num_images
@@ -21,11 +22,10 @@ class ReconstructionPictures(L.Callback):
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
             return
-        images = batch[module.tokenizer.info.input][: self.num_images]
-        reconstructions = module.tokenizer.reconstruct(images).to(images.dtype)
-        rows = torch.cat([images, reconstructions, (images - reconstructions).abs()])
+        count = min(self.num_images, batch_size(batch))
+        grid = make_grid(module.pictures(batch, count), nrow=count)
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_image(make_grid(rows, nrow=len(images)), self.folder / f"step-{trainer.global_step:07d}.png")
+        save_image(grid, self.folder / f"step-{trainer.global_step:07d}.png")
 
 
 class EpochWeightAveraging(EMAWeightAveraging):

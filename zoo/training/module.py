@@ -84,6 +84,12 @@ class TrainingModule(L.LightningModule):
         save_tokenizer(self.tokenizer, path)
         return path
 
+    def pictures(self, batch: dict, count: int) -> Tensor:
+        """(rows * count, C, H, W) to look at in validation: of the first images input, reconstruction and difference."""
+        images = batch[self.tokenizer.info.input][:count]
+        reconstructions = self.tokenizer.reconstruct(images).to(images.dtype)
+        return torch.cat([images, reconstructions, (images - reconstructions).abs()])
+
     def compiled(self) -> list[nn.Module]:
         """Those parts of the tokenizer that training calls."""
         return [self.tokenizer]

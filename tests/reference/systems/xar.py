@@ -120,7 +120,7 @@ def forward(vectors: Vectors, about: dict) -> tuple[dict[str, Tensor], XARGenera
         "decoder_last_block",
         *(f"encoder_block0{s}" for s in ("", "_attention", "_mlp")),
     ):
-        found[name] = found[name][:1, ::2]
+        found[name] = found[name].reshape(batch, -1, generator.config.width)[:1, ::2]
     found |= {
         "time": times.T.flatten(),
         "time_ids": time_ids(times.T.flatten()).to(vectors.answers("train-forward")["time_ids"].dtype),
@@ -209,9 +209,8 @@ def sampling(vectors: Vectors, about: dict) -> dict[str, Tensor]:
 
         lengths = generator.partition.lengths[:-1]
         none = torch.tensor([generator.no_class])
-        condition = Condition(
-            generator.condition(none[:, None], torch.zeros(1, len(lengths), dtype=torch.int64)), lengths=lengths
-        )
+        ids = torch.zeros(1, len(lengths), dtype=torch.int64)
+        condition = Condition.of_entities(generator.condition(none[:, None], ids), lengths)
         with torch.no_grad():
             generator.network(sequence[:1, :end], condition, slice(0, end), generator.mask[:end, :end], keep)
         out["cache_values_last_block"] = kept[len(generator.blocks) - 1]
@@ -225,7 +224,7 @@ def uncached(generator: XARGenerator, context: Tensor, x: Tensor, t: float, labe
     count = generator.partition.starts.index(context.shape[1]) + 1
     ids = torch.zeros(1, count, dtype=torch.int64)
     ids[0, -1] = time_ids(torch.tensor(t))
-    condition = Condition(generator.condition(torch.tensor([[label]]), ids), lengths=lengths[:count])
+    condition = Condition.of_entities(generator.condition(torch.tensor([[label]]), ids), lengths[:count])
     tokens = torch.cat([context, x], dim=1)
     end = tokens.shape[1]
     return generator.network(tokens, condition, slice(0, end), generator.mask[:end, :end])[:, context.shape[1] :]

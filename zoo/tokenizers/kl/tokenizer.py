@@ -92,6 +92,7 @@ PRESETS = {
             embed_dim=8,
             attention=(),
             norm_groups=8,
+            scale_factor=0.62,
         ),
         "small KL autoencoder trained on the embedded scenes: 64 x 64 images, 64 latents of 8 values",
         Weights("kl-tiny.safetensors"),

@@ -1,5 +1,9 @@
 """Training of a KL autoencoder (arXiv 2112.10752). MAR's recipe for KL-16 is not published; this is ours."""
 
+from dataclasses import replace
+from pathlib import Path
+
+import torch
 from torch import Tensor
 
 from zoo.tokenizers.kl.tokenizer import KLTokenizer
@@ -11,14 +15,29 @@ class KLTraining(AutoencoderTraining):
 
     Args:
         kl_weight: 1e-6 in latent diffusion.
+        measure_scale: store as scale_factor what makes the standard deviation of the latents of the last validation 1;
+            False: keep the configured one.
         others: of AutoencoderTraining.
     """
 
-    def __init__(self, tokenizer: KLTokenizer, kl_weight: float = 1e-6, **arguments):
+    def __init__(self, tokenizer: KLTokenizer, kl_weight: float = 1e-6, measure_scale: bool = True, **arguments):
         super().__init__(tokenizer, **arguments)
-        self.kl_weight = kl_weight
+        self.kl_weight, self.measure_scale = kl_weight, measure_scale
 
     def regularized(self, values: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         reconstruction, posterior = self.tokenizer(values)
         divergence = posterior.kl().mean()
         return reconstruction, self.kl_weight * divergence / values[0].numel(), {"kl": divergence}
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        with torch.no_grad():
+            posterior = self.tokenizer.posterior(self.tokenizer.config.to_values(batch["image"]))
+        variance = posterior.mean.var() + posterior.logvar.exp().mean()
+        self.log("val/latent_variance", variance, batch_size=len(batch["image"]), sync_dist=True)
+
+    def save(self, folder: Path) -> Path:
+        variance = self.trainer.callback_metrics.get("val/latent_variance")
+        if self.measure_scale and variance is not None:
+            self.tokenizer.config = replace(self.tokenizer.config, scale_factor=float(variance) ** -0.5)
+        return super().save(folder)

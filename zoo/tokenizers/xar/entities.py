@@ -51,6 +51,13 @@ class Partition:
         entity = self.entity
         return entity[:, None] >= entity[None, :]
 
+    def context_mask(self) -> Tensor:
+        """(2 L, 2 L) bool for all tokens clean, then all of them noisy: the clean ones look as in `mask`; a noisy one at
+        the clean ones of earlier entities and at the noisy ones of its own."""
+        entity = self.entity
+        clean, earlier = self.mask(), entity[:, None] > entity[None, :]
+        return torch.cat([torch.cat([clean, earlier]), torch.cat([torch.zeros_like(clean), clean & ~earlier])], dim=1)
+
     def to_sequence(self, latents: Tensor) -> Tensor:
         """(B, C, g, g) to (B, L, C)."""
         if self.scales:

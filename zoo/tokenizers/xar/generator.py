@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +14,9 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.flow import euler, euler_maruyama, guide, heun, linear_scale
+from zoo.nn.autoencoder import to_tokens
 from zoo.nn.rotary import grid_angles, rotate
-from zoo.tokenizer import Preset, Weights
+from zoo.tokenizer import Preset, Tokens, Weights
 from zoo.tokenizers.xar.entities import partition
 
 TIMES = 1000
@@ -125,8 +128,8 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None = None, remember=None) -> Tensor:
-        """x (B, n, D); angles: of these tokens; remember: function (keys, values) -> keys, values to attend to."""
+    def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None = None, remember=None) -> Tensor:
+        """x (B, n, D); angles: (2, n, d) of these tokens; remember: function (keys, values) -> keys, values to attend to."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         q, k = (rotate(one, *angles) for one in (q, k))
         if remember is not None:
@@ -149,6 +152,31 @@ class GatedMlp(nn.Module):
         return self.drop(self.out(self.drop(F.gelu(self.gate(x)) * self.value(x))))
 
 
+class Condition(NamedTuple):
+    """What modulates tokens, computed once for all tokens and rows that share it."""
+
+    values: Tensor
+    """(..., D) distinct conditions."""
+    spread: Callable[[Tensor], Tensor]
+    """What was made of them (..., M) to what broadcasts over (rows, groups, tokens of a group, M)."""
+    groups: int
+    """Into how many groups of equal length the tokens of a row are cut."""
+
+    @classmethod
+    def of_rows(cls, values: Tensor, rows: Tensor) -> Condition:
+        """Each row has that of the (U, D) values to which `rows` (R,) points."""
+        return cls(values, lambda made: made[rows][:, None, None], 1)
+
+    @classmethod
+    def of_entities(cls, values: Tensor, lengths: Sequence[int]) -> Condition:
+        """Each row has E of them, (R, E, D), for as many entities of these lengths."""
+        if len(set(lengths)) == 1:
+            return cls(values, lambda made: made[:, :, None], len(lengths))
+        counts = torch.tensor(lengths, device=values.device)
+        entity = torch.arange(len(lengths), device=values.device).repeat_interleave(counts)
+        return cls(values, lambda made: made[:, None, entity], 1)
+
+
 class Block(nn.Module):
     """Pre-norm block whose two parts are scaled, shifted and gated by the condition (adaLN, arXiv 2212.09748)."""
 
@@ -159,49 +187,18 @@ class Block(nn.Module):
         self.mlp = GatedMlp(width, c.mlp_ratio, c.dropout)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, condition: Condition, angles, mask=None, remember=None) -> Tensor:
-        gate1, gate2, scale1, scale2, shift1, shift2 = condition.expand(self.modulation(condition.values))
-        h = condition.apply(self.norm1(x), scale1, shift1)
-        x = condition.add(x, gate1, self.attn(h, angles, mask, remember))
-        h = condition.apply(self.norm2(x), scale2, shift2)
-        return condition.add(x, gate2, self.mlp(h))
+    def forward(self, x: Tensor, condition: Condition, angles: Tensor, mask=None, remember=None) -> Tensor:
+        """x (R, groups, tokens, D); others: see Attention."""
+        modulation = condition.spread(self.modulation(condition.values))
+        gate1, gate2, scale1, scale2, shift1, shift2 = modulation.chunk(6, dim=-1)
+        h = modulate(self.norm1(x), scale1, shift1).flatten(1, 2)
+        x = torch.addcmul(x, gate1, self.attn(h, angles, mask, remember).view_as(x))
+        return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), scale2, shift2)))
 
 
-class Condition:
-    """Vectors that modulate tokens, kept once for all tokens and rows that share them.
-
-    values: (..., D) distinct conditions; index: for each row of a batch its condition among (U, D) values, or None where
-    values are (B, E, D), one for each of E entities; lengths: tokens of each entity.
-    """
-
-    def __init__(self, values: Tensor, index: Tensor | None = None, lengths: Sequence[int] = ()):
-        self.values, self.index = values, index
-        self.entities = len(lengths) if len(set(lengths)) == 1 else 1
-        self.repeats = None
-        if len(set(lengths)) > 1:
-            self.repeats = torch.repeat_interleave(
-                torch.arange(len(lengths), device=values.device), torch.tensor(lengths, device=values.device)
-            )
-
-    def expand(self, modulation: Tensor) -> tuple[Tensor, ...]:
-        """(..., 6 D) to six tensors that broadcast over the tokens of their entity."""
-        if self.index is not None:
-            modulation = modulation[self.index][:, None]
-        if self.repeats is not None:
-            modulation = modulation[:, self.repeats]
-        return modulation.unsqueeze(2).chunk(6, dim=-1) if self.repeats is None else modulation.chunk(6, dim=-1)
-
-    def apply(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        return self._by_entity(x, lambda x: torch.addcmul(x + shift, x, scale))
-
-    def add(self, x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-        if self.repeats is not None:
-            return torch.addcmul(x, gate, update)
-        shape = (self.entities, -1)
-        return torch.addcmul(x.unflatten(1, shape), gate, update.unflatten(1, shape)).flatten(1, 2)
-
-    def _by_entity(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        return function(x) if self.repeats is not None else function(x.unflatten(1, (self.entities, -1))).flatten(1, 2)
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x (1 + scale) + shift."""
+    return torch.addcmul(x + shift, x, scale)
 
 
 class TimeEmbedding(nn.Module):
@@ -282,26 +279,44 @@ class XARGenerator(nn.Module):
         """Labels (...) and time ids (...), which broadcast, to conditions (..., D)."""
         return self.class_embedding(labels) + self.time_embedding(ids)
 
-    def forward(self, tokens: Tensor, labels: Tensor, t: Tensor) -> Tensor:
-        """All entities at once: noisy tokens (B, L, C), labels (B,) and times (B, E) to velocities (B, L, C)."""
-        condition = Condition(self.condition(labels[:, None], time_ids(t)), lengths=self.partition.lengths)
-        return self.network(tokens, condition, slice(None), self.mask)
+    def forward(self, tokens: Tensor, labels: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        """All entities at once: noisy tokens (B, L, C), labels (B,) and times (B, E) to velocities (B, L, C).
 
-    def network(self, tokens: Tensor, condition: Condition, span: slice, mask=None, cache=None, output=True):
-        """Tokens (R, n, C) at positions `span` of the sequence to velocities (R, n, C).
+        context: clean tokens (B, L, C) that later entities see instead of the noisy ones, as when sampling.
+        """
+        lengths, span, mask = (
+            self.partition.lengths,
+            torch.arange(self.partition.length, device=tokens.device),
+            self.mask,
+        )
+        if context is not None:
+            tokens, t = torch.cat([context, tokens], dim=1), torch.cat([torch.zeros_like(t), t], dim=1)
+            lengths, span, mask = 2 * lengths, span.repeat(2), self.partition.context_mask().to(tokens.device)
+        condition = Condition.of_entities(self.condition(labels[:, None], time_ids(t)), lengths)
+        return self.network(tokens, condition, span, mask)[:, -self.partition.length :]
 
+    def network(self, tokens: Tensor, condition: Condition, span, mask=None, cache=None, output=True) -> Tensor | None:
+        """Tokens (R, n, C) to velocities (R, n, C).
+
+        span: their positions in the sequence, a slice or (n,) int64; mask: (n, m) bool, True where a token looks;
         cache: what earlier tokens left, (block number, keys, values) -> keys, values; output=False: only fill it.
         """
         x = self.embed_norm(self.embed(tokens) + self.encoder_positions[:, span])
+        x = x.unflatten(1, (condition.groups, -1))
         angles = self.encoder_angles[:, span].to(x.dtype)
-        blocks, first = self.blocks, self.config.encoder_depth
-        for number, block in enumerate(blocks):
-            if number == first:
-                x = self.decoder_embed(self.encoder_norm(x)) + self.decoder_positions[:, span]
+        for number, block in enumerate(self.blocks):
+            if number == self.config.encoder_depth:
+                positions = self.decoder_positions[:, span].unflatten(1, (condition.groups, -1))
+                x = self.decoder_embed(self.encoder_norm(x)) + positions
                 angles = self.decoder_angles[:, span].to(x.dtype)
-            remember = None if cache is None else (lambda k, v, n=number: cache(n, k, v))
+            remember = None if cache is None else functools.partial(cache, number)
             x = block(x, condition, angles, mask, remember)
-        return self.head(self.decoder_norm(x)) if output else None
+        return self.head(self.decoder_norm(x)).flatten(1, 2) if output else None
+
+    def generate(self, labels: Tensor, **arguments) -> Tokens:
+        """Tokens that the tokenizer decodes, for labels (B,) in 0..num_classes; others: of `sample`."""
+        latents = self.sample(labels, **arguments)
+        return Tokens(latents={"image": to_tokens(latents)}, grid=tuple(latents.shape[2:]))
 
     @torch.no_grad()
     def sample(
@@ -321,7 +336,8 @@ class XARGenerator(nn.Module):
             guidance: of the last entity; it rises in a line from 1 at the first. 1 and less: none.
             sampler: "sde" (Euler-Maruyama, published), "euler" or "heun" (deterministic).
             start: of each entity (B, n, C), noises: of each entity and step but the last; drawn when left out.
-            generator: of what is drawn, one or one for each row, so that an image does not depend on its batch.
+            generator: of what is drawn, on any device; a list has one for each row, so that an image does not depend on
+                its batch.
         """
         c, lengths = self.config, self.partition.lengths
         steps = c.num_steps if num_steps is None else num_steps
@@ -343,7 +359,8 @@ class XARGenerator(nn.Module):
             if isinstance(generator, (list, tuple)):
                 one = [torch.randn(shape[1:], dtype=dtype, device=g.device, generator=g) for g in generator]
                 return torch.stack(one).to(labels.device)
-            return torch.randn(shape, dtype=dtype, device=labels.device, generator=generator)
+            device = generator.device if generator else labels.device
+            return torch.randn(shape, dtype=dtype, device=device, generator=generator).to(labels.device)
 
         finished = []
         for s, (begin, length) in enumerate(zip(self.partition.starts, lengths, strict=True)):
@@ -372,7 +389,7 @@ class XARGenerator(nn.Module):
         dtype = self.encoder_positions.dtype
         tokens = x.to(dtype).repeat(len(rows) // len(x), 1, 1)
         ids = time_ids(torch.tensor(t, device=x.device))
-        condition = Condition(self.condition(distinct, ids), rows)
+        condition = Condition.of_rows(self.condition(distinct, ids), rows)
         span = slice(begin, begin + x.shape[1])
         out = self.network(tokens, condition, span, None, lambda n, k, v: cache.update(n, k, v, begin), output)
         return None if out is None else out.double()

@@ -72,7 +72,9 @@ def generated(name: str, weights: str | None, count: int, guidance: float | None
     labels = torch.arange(count) * len(generator.info.classes) // count
     images = []
     for batch in track(torch.arange(count).split(32), name, transient=True):
-        latents = generator.sample(labels[batch], guidance=guidance, generator=[image_generator(0, i) for i in batch.tolist()])
+        latents = generator.sample(
+            labels[batch], guidance=guidance, generator=[image_generator(0, i) for i in batch.tolist()]
+        )
         tokens = Tokens(latents={"image": latents.flatten(2).transpose(1, 2)}, grid=tuple(latents.shape[2:]))
         images.append(space.decode(tokens))
     return torch.cat(images), labels

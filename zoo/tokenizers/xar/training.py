@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from zoo import registry
-from zoo.distributed import world_size
 from zoo.errors import ZooError
 from zoo.flow import interpolate, logit_normal, velocity
 from zoo.nn.autoencoder import to_map
@@ -19,6 +18,9 @@ from zoo.tokenizer import Tokenizer
 from zoo.tokenizers.kl.tokenizer import KLTokenizer
 from zoo.tokenizers.xar.generator import XARGenerator
 from zoo.training.module import Losses, TrainingModule, batch_size
+
+ROWS = 8
+"""Classes of a picture."""
 
 
 class FlowLoss(NamedTuple):
@@ -47,14 +49,14 @@ def flow_loss(
         labels: (B,), already dropped.
         times: (B, E) in (0, 1).
         noise: (B, L, C) standard normal, in the order of the sequence.
-        clean_context: instead of noisy context, each entity is predicted after clean ones, as in teacher forcing: the
-            ablation of the paper.
+        clean_context: an entity is predicted after clean ones instead of noisy ones (teacher forcing, the paper's
+            ablation). The sequence is then twice as long.
     """
     cut = generator.partition
     data = cut.to_sequence(latents)
     t = times[:, cut.entity.to(times.device)]  # (B, L)
     noisy = interpolate(data, noise, t)
-    prediction = generator(noisy, labels, times)
+    prediction = generator(noisy, labels, times, data if clean_context else None)
     return FlowLoss((prediction - velocity(data, noise)).square().mean(), prediction, noisy)
 
 
@@ -96,8 +98,7 @@ class XARTraining(TrainingModule):
         return self
 
     def losses(self, batch: dict) -> Losses:
-        draws = self.shared_generator(self.device)
-        loss = self.flow_loss(batch, draws, drop=True)
+        loss = self.flow_loss(batch, self.shared_generator(self.device), drop=True)
         yield "generator", loss, {"loss": loss.detach()}
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
@@ -108,41 +109,43 @@ class XARTraining(TrainingModule):
 
     def flow_loss(self, batch: dict, draws: torch.Generator, drop: bool) -> Tensor:
         """What belongs to an image is drawn for the images of all ranks, so that their number does not matter."""
-        generator, count = self.generator, batch_size(batch) * world_size()
-
-        def own(rows: Tensor) -> Tensor:
-            return rows.tensor_split(world_size())[self.global_rank]
-
-        def normal(*shape: int) -> Tensor:
-            return own(torch.randn(count, *shape, device=self.device, generator=draws))
-
-        latents = self.latents(batch, normal(*generator.info.shape))
+        generator, count = self.generator, batch_size(batch) * self.trainer.world_size
+        drawn = {"device": self.device, "generator": draws}
         labels = self.labels(batch).to(self.device)
-        uniform = own(torch.rand(count, device=self.device, generator=draws))
         if drop:
+            uniform = self.own_rows(torch.rand(count, **drawn))
             labels = drop_labels(labels, generator.no_class, generator.config.label_dropout, uniform)
+        view = self.own_rows(torch.rand(count, **drawn))
+        latents = self.latents(batch, view, self.own_rows(torch.randn(count, *generator.info.shape, **drawn)))
         cut = generator.partition
-        times = own(logit_normal((count, len(cut.lengths)), device=self.device, generator=draws))
-        noise = normal(cut.length, generator.config.latent_dim)
+        times = self.own_rows(logit_normal((count, len(cut.lengths)), **drawn))
+        noise = self.own_rows(torch.randn(count, cut.length, generator.config.latent_dim, **drawn))
         return flow_loss(generator, latents, labels, times, noise, self.clean_context).loss
 
     @torch.no_grad()
-    def latents(self, batch: dict, noise: Tensor) -> Tensor:
-        """(B, C, g, g) scaled latents: of a KL autoencoder drawn from the posterior.
+    def latents(self, batch: dict, view: Tensor, noise: Tensor) -> Tensor:
+        """(B, C, g, g) scaled latents: of a KL autoencoder drawn from the posterior with the noise (B, C, g, g).
 
-        A batch with the moments that `zoo pretokenize` wrote is not encoded; of two views each image takes one.
+        A batch with the moments that `zoo pretokenize` wrote is not encoded; of its views (mirrored or not) each image
+        takes the one at `view` (B,) in [0, 1).
         """
         space = self.tokenizer
         if "moments" in batch:
-            moments = batch["moments"]
-            view = torch.randint(moments.shape[1], (len(moments),), device=moments.device)
-            chosen = moments[torch.arange(len(moments), device=moments.device), view]
-            return space.config.scale_factor * GaussianPosterior.from_moments(chosen).sample(noise)
-        images = batch["image"]
+            views = batch["moments"].float()
+            moments = views[torch.arange(len(views), device=self.device), (view * views.shape[1]).long()]
+            return space.config.scale_factor * GaussianPosterior.from_moments(moments).sample(noise)
         if isinstance(space, KLTokenizer):
-            return space.config.scale_factor * space.posterior(space.config.to_values(images)).sample(noise)
-        tokens = space.encode(images)
-        return to_map(tokens.latents[space.info.streams[0]], tokens.grid)
+            return space.scaled_latents(space.config.to_values(batch["image"]), True, noise)
+        whole = {"num_tokens": space.info.max_tokens} if space.info.variable_length else {}
+        return to_map(space.encode(batch["image"], **whole).latents["image"], self.generator.info.shape[1:])
+
+    @torch.no_grad()
+    def pictures(self, batch: dict, count: int) -> Tensor:
+        """Samples, a row for each of the first classes."""
+        labels = torch.arange(min(ROWS, self.generator.no_class), device=self.device).repeat_interleave(count)
+        return self.tokenizer.decode(
+            self.generator.generate(labels, generator=torch.Generator().manual_seed(self.seed))
+        )
 
     def save(self, folder: Path) -> Path:
         path = folder / "generator.safetensors"
