@@ -1,4 +1,8 @@
+import csv
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -31,3 +35,33 @@ def watch():
             self.moved = [*self.moved, {name.split(".")[0] for name in changed}]
 
     return Watch()
+
+
+def zoo_command(command, *overrides):
+    """The true command in a process of its own, which starts the other ranks; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "zoo", command, *overrides],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(name="zoo_command", scope="session")
+def zoo_command_fixture():
+    return zoo_command
+
+
+@pytest.fixture(scope="session")
+def train_on():
+    """Train on some ranks with a batch of 8 over all of them; returns {name: logged values}."""
+
+    def train(ranks, folder, experiment, *overrides):
+        ddp = ["trainer.strategy=ddp_find_unused_parameters_true"] if ranks > 1 else []
+        options = ["trainer=tiny-debug", f"trainer.devices={ranks}", f"data.batch_size={8 // ranks}", *ddp]
+        zoo_command("train", f"experiment={experiment}", *options, f"output_dir={folder}", *overrides)
+        with (folder / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        return {key: [float(row[key]) for row in rows if row[key]] for key in rows[0]}
+
+    return train

@@ -9,7 +9,7 @@ import sys
 import zoo.commands
 from zoo.errors import ZooError, nearest
 
-COMMANDS = sorted(m.name for m in pkgutil.iter_modules(zoo.commands.__path__) if m.name != "cli")
+COMMANDS = sorted({m.name for m in pkgutil.iter_modules(zoo.commands.__path__)} - {"cli", "common"})
 USAGE = f"usage: zoo COMMAND ...\n\ncommands: {', '.join(COMMANDS)}; `zoo COMMAND --help` tells more."
 
 

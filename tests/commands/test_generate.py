@@ -1,10 +1,6 @@
 """The true command, with a generator and an autoencoder of random weights."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +11,6 @@ import zoo
 from zoo import registry
 from zoo.commands.generate import main
 
-ROOT = Path(__file__).parents[2]
 SIZES = {"grid": 4, "width": 32, "encoder_depth": 1, "decoder_depth": 1, "encoder_heads": 2, "decoder_heads": 2}
 
 
@@ -59,7 +54,7 @@ def test_everything_that_was_promised_is_there(folder, tmp_path, capsys):
     assert report["labels"] == [5, 5, 5, 3, 3, 3]
     assert report["protocol"]["guidance"] == 2.0
     assert report["protocol"]["num_steps"] == 3
-    assert "weights-inception" in report["missing"]["inception_score"]
+    assert "weights-inception" in report["missing"]["Inception Score"]
     found = images(tmp_path)
     assert found.shape == (6, 32, 32, 3)
     archive = np.load(tmp_path / "samples.npz")
@@ -69,7 +64,7 @@ def test_everything_that_was_promised_is_there(folder, tmp_path, capsys):
     assert "blue, green" in capsys.readouterr().out
 
 
-def test_an_image_does_not_depend_on_batches_ranks_or_an_interruption(folder, tmp_path):
+def test_an_image_does_not_depend_on_batches_ranks_or_an_interruption(folder, tmp_path, zoo_command):
     generate(folder, tmp_path / "whole")
     generate(folder, tmp_path / "small", "batch_size=1")
     (tmp_path / "again").mkdir()
@@ -77,20 +72,27 @@ def test_an_image_does_not_depend_on_batches_ranks_or_an_interruption(folder, tm
     for number in (1, 4):
         (tmp_path / f"again/images/{number:06d}.png").unlink()
     generate(folder, tmp_path / "again")
-    done = subprocess.run(
-        [sys.executable, "-m", "zoo", "generate", *arguments(folder, tmp_path / "ranks", "devices=2")],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    zoo_command("generate", *arguments(folder, tmp_path / "ranks", "devices=2"))
     whole = images(tmp_path / "whole")
     for other in ("small", "again", "ranks"):
         assert np.abs(whole.astype(int) - images(tmp_path / other)).max() <= 1  # of 255
 
 
+def test_the_distance_to_a_reference_is_small_for_the_images_themselves(folder, tmp_path):
+    one = generate(folder, tmp_path / "one", "features=aurora-tiny")
+    assert "FD[aurora-tiny]" not in one["metrics"]
+    reference = f"reference={tmp_path}/one/samples.npz"
+    same = generate(folder, tmp_path / "one", "features=aurora-tiny", reference)["metrics"]["FD[aurora-tiny]"]
+    other = generate(folder, tmp_path / "other", "features=aurora-tiny", reference, "seed=1")
+    assert same < 1e-4 < other["metrics"]["FD[aurora-tiny]"]
+    missing = generate(folder, tmp_path / "one", reference)["missing"]
+    assert "weights-inception" in missing["FID"]
+
+
 def test_images_of_another_protocol_are_not_mixed(folder, tmp_path, capfd):
     generate(folder, tmp_path, "num_images=1")
     assert main(arguments(folder, tmp_path, "num_images=1", "seed=1")) == 2
-    assert "holds images of another protocol" in capfd.readouterr().err
+    assert "was begun with another seed" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,8 @@ def test_images_of_another_protocol_are_not_mixed(folder, tmp_path, capfd):
         (["num_images=0"], "num_images must be an integer of at least 1, got 0"),
         (["generator.tokenizer=vqgan-tiny", "tokenizer_weights=null"], "vqgan-tiny has discrete tokens"),
         (["generator=xar-tinny"], "did you mean xar-tiny"),
+        (["sampler=dpm"], "sampler must be one of sde, euler, heun, got 'dpm'"),
+        (["reference=nothing.npz"], "reference=nothing.npz is no .npz that can be read"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(folder, tmp_path, capfd, overrides, complaint):

@@ -1,5 +1,6 @@
 """Samplers on Gaussian data, whose velocity field and solution are known."""
 
+import itertools
 import math
 
 import pytest
@@ -25,7 +26,7 @@ def times(steps):
 def test_deterministic_samplers_converge_with_their_order(solver, order):
     start = torch.tensor([-1.0, 0.3, 2.0], dtype=torch.float64)
     errors = [(solver(field, start, times(n)) - (MEAN + STD * start)).abs().max().item() for n in (40, 80, 160)]
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in itertools.pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
 
 

@@ -1,9 +1,5 @@
 """Both stages of KARL's training."""
 
-import csv
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -192,39 +188,23 @@ def test_two_ranks_have_the_loss_and_gradient_of_one_with_twice_the_batch(tmp_pa
 
 
 SMALL = [
-    *("trainer=tiny-debug", "trainer.limit_train_batches=3", "trainer.val_check_interval=3", "data.num_workers=0"),
+    *("trainer.limit_train_batches=3", "trainer.val_check_interval=3", "data.num_workers=0"),
     *("tokenizer.encoder_width=48", "tokenizer.encoder_depth=1", "tokenizer.decoder_width=32"),
     *("tokenizer.decoder_depth=1", "optimizer._target_=torch.optim.SGD", "~optimizer.betas", "schedule.warmup_steps=0"),
 ]
 
 
-def train(folder, *overrides, experiment, ranks=1):
-    options = [f"trainer.devices={ranks}", f"data.batch_size={8 // ranks}", f"output_dir={folder}"]
-    options += ["trainer.strategy=ddp_find_unused_parameters_true"] if ranks > 1 else []
-    done = subprocess.run(
-        [sys.executable, "train.py", f"experiment={experiment}", *SMALL, *options, *overrides],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    with (folder / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    return {key: [float(row[key]) for row in rows if row[key]] for key in rows[0]}
-
-
-def test_both_stages_run_on_two_ranks_as_on_one(tmp_path):
+def test_both_stages_run_on_two_ranks_as_on_one(tmp_path, train_on):
     """The true command; gradient norms are those of the gradients averaged over ranks."""
     start, stage2 = tmp_path / "1/pretrain/tokenizer.safetensors", ["module.adversarial_weights=[[0,0.2]]"]
     stage2 += [f"weights={start}", "module.discriminator_every=2", "optimizer.lr=1e-2"]
-    for experiment, overrides in (("pretrain", ["optimizer.lr=1e-2"]), ("finetune", stage2)):
-        one, two = (
-            train(tmp_path / f"{n}/{experiment}", *overrides, experiment=f"karl-{experiment}-tiny", ranks=n)
-            for n in (1, 2)
-        )
+    for stage, overrides in (("pretrain", ["optimizer.lr=1e-2"]), ("finetune", stage2)):
+        one, two = (train_on(n, tmp_path / f"{n}/{stage}", f"karl-{stage}-tiny", *SMALL, *overrides) for n in (1, 2))
         for key in one:
             if "gradient_norm" in key:
                 assert two[key] == pytest.approx(one[key], rel=1e-3), key
         states = [
-            zoo.load_tokenizer("karl-tiny", weights=tmp_path / f"{n}/{experiment}/tokenizer.safetensors").state_dict()
+            zoo.load_tokenizer("karl-tiny", weights=tmp_path / f"{n}/{stage}/tokenizer.safetensors").state_dict()
             for n in (1, 2)
         ]
         for name, tensor in states[0].items():

@@ -6,8 +6,8 @@ import torch
 import zoo
 from zoo import ZooError
 from zoo.tokenizers.xar.entities import ENTITIES, partition
-from zoo.tokenizers.xar.generator import XARConfig, XARGenerator
-from zoo.tokenizers.xar.training import check_space, drop_labels, flow_loss
+from zoo.tokenizers.xar.generator import XARConfig, XARGenerator, check_space
+from zoo.tokenizers.xar.training import drop_labels, flow_loss
 
 SIZES = {
     **{"grid": 4, "latent_dim": 3, "num_classes": 5, "width": 32, "entity_size": 2, "scales": (1, 2, 4)},
@@ -142,7 +142,7 @@ def test_clean_context_is_what_sampling_sees():
         ({"labels": torch.tensor([6])}, "from 0 to 5"),
         ({"labels": torch.tensor([-1])}, "from 0 to 5"),
         ({"labels": torch.tensor([0.5])}, "labels are integers"),
-        ({"num_steps": 1}, "num_steps must be at least 2, got 1"),
+        ({"num_steps": 1}, "num_steps must be an integer of at least 2, got 1"),
         ({"guidance": -0.5}, "guidance must not be below 0, got -0.5"),
         ({"guidance": float("nan")}, "guidance must not be below 0, got nan"),
         ({"sampler": "sdf"}, "sampler must be one of sde, euler, heun, got 'sdf'"),

@@ -6,18 +6,13 @@ import inspect
 import itertools
 import json
 import math
-import platform
-import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
-from lightning.fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import track
@@ -26,6 +21,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from zoo.commands import cli
+from zoo.commands.common import DTYPES, about_file, about_the_run, expect_integer, expect_one_of, start
 from zoo.data import Loader
 from zoo.errors import ZooError, nearest
 from zoo.metrics.base import Row
@@ -35,9 +31,8 @@ from zoo.metrics.thumbnail import ThumbnailSize, thumbnail
 from zoo.metrics.tokens import TokenStatistics, numbers
 from zoo.registry import load_tokenizer, weights_path
 from zoo.tokenizer import Tokenizer, TokenizerInfo, Tokens
-from zoo.weights import MissingWeights, sha256_of
+from zoo.weights import MissingWeights
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
 SWEPT = {
     "tokens_mean": "tokens",
@@ -122,11 +117,7 @@ def evaluate(cfg: DictConfig) -> dict:
         pairs.append((entry, baseline))
     entries = [entry for pair in pairs for entry in pair if entry]
 
-    try:
-        fabric = Fabric(accelerator=cfg.device, devices=cfg.devices, strategy=cfg.strategy)
-    except (ValueError, TypeError) as error:
-        raise ZooError(f"device={cfg.device} devices={cfg.devices} strategy={cfg.strategy}: {error}") from error
-    fabric.launch()
+    fabric = start(cfg)
     torch.manual_seed(cfg.seed)
     tokenizer.to(fabric.device, DTYPES[cfg.dtype])
     for entry in entries:
@@ -189,14 +180,13 @@ def through(tokenizer: Tokenizer, images: Tensor, settings: dict) -> tuple[Token
 
 def check(cfg: DictConfig) -> None:
     """Raise ZooError where a field of conf/evaluate.yaml is not of its kind."""
-    if cfg.dtype not in DTYPES:
-        raise ZooError(f"dtype must be one of {', '.join(DTYPES)}, got {cfg.dtype!r}.")
+    expect_one_of(cfg, "dtype", DTYPES)
     for name in ("baseline", "round_to_bytes"):
         if type(cfg[name]) is not bool:
             raise ZooError(f"{name} must be true or false, got {cfg[name]!r}.")
     for name, least in (("limit", 1), ("pictures", 0)):
-        if cfg[name] is not None and (type(cfg[name]) is not int or cfg[name] < least):
-            raise ZooError(f"{name} must be an integer of at least {least}, got {cfg[name]!r}.")
+        if cfg[name] is not None:
+            expect_integer(cfg, name, least)
 
 
 def chosen_metrics(node: DictConfig, info: TokenizerInfo) -> dict:
@@ -231,11 +221,10 @@ def limited(loader: Loader, limit: int) -> Iterator[dict]:
 
 def protocol(cfg: DictConfig, source: dict, overrides: dict, metrics: dict) -> dict:
     """All that decides the numbers: reports whose protocols are equal can be compared."""
-    weights = weights_path(cfg.tokenizer.name, cfg.weights)
     return {
         "tokenizer": cfg.tokenizer.name,
         "overrides": overrides,
-        "weights": {"file": weights.name, "sha256": sha256_of(weights)},
+        "weights": about_file(weights_path(cfg.tokenizer.name, cfg.weights)),
         "encode": OmegaConf.to_container(cfg.encode, resolve=True),
         "data": source,
         "split": "train" if source.get("val") is None else "val",
@@ -248,19 +237,6 @@ def protocol(cfg: DictConfig, source: dict, overrides: dict, metrics: dict) -> d
         "limit": cfg.limit,
         "dtype": cfg.dtype,
         "seed": cfg.seed,
-    }
-
-
-def about_the_run(fabric: Fabric) -> dict:
-    cuda = fabric.device.type == "cuda"
-    packages = {"torch": "torch", "zoo": "tokenizer-zoo", "torchmetrics": "torchmetrics", "lightning": "lightning"}
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
-        "device": torch.cuda.get_device_name(fabric.device) if cuda else f"{fabric.device.type} {platform.machine()}",
-        "devices": fabric.world_size,
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()} | {name: version(p) for name, p in packages.items()},
     }
 
 

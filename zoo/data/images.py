@@ -21,8 +21,8 @@ INTERPOLATIONS = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR}
 class Decoder:
     """Makes the fields that a run asks for out of a raw sample, and decodes nothing else.
 
-    fields: "image", "depth", an array in a member `<field>.npy`, or any text: a member `<field>` or `<field>.txt` (for "caption" also `txt`; for "class"
-        also `cls`, a number), else an entry of the member `json`.
+    fields: "image", "depth", an array in a member `<field>.npy`, or any text: a member `<field>` or `<field>.txt` (for
+        "caption" also `txt`; for "class" also `cls`, a number), else an entry of the member `json`.
     image_size: side of the square; None keeps the size of the file. What has that size is not resampled.
     crop: "center" and "random" scale the shorter side to image_size and cut a square out there; "resized" cuts out a
         part of the picture, its area a share from `crop_scale` and its aspect ratio from 3/4 to 4/3, and scales that.

@@ -11,5 +11,5 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 
 def linear_scale(scale: float, step: int, num_steps: int) -> float:
-    """1 at step 0, rising in a line to `scale` at the last of num_steps steps; `scale` where there is one step alone."""
+    """1 at step 0, rising in a line to `scale` at the last of num_steps steps; a step alone has `scale`."""
     return 1 + (scale - 1) * (step / (num_steps - 1) if num_steps > 1 else 1.0)

@@ -20,5 +20,5 @@ def logit_normal(
 
 
 def shift(t: Tensor, factor: float) -> Tensor:
-    """factor t / (1 + (factor - 1) t): above 1 more of the steps are spent near noise (arXiv 2403.03206, equation 23)."""
+    """factor t / (1 + (factor - 1) t): above 1 more steps are near noise (arXiv 2403.03206, equation 23)."""
     return factor * t / (1 + (factor - 1) * t)

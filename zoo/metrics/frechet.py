@@ -16,16 +16,19 @@ LARGEST = 4096
 
 
 class Inception(nn.Module):
-    """The network of FID: float images in [0, 1] to (B, 2048), resized and quantised as FID always was."""
+    """The network of FID: float images in [0, 1] to (B, 2048), resized and quantised as FID always was.
+
+    output: "2048", or "logits_unbiased" (B, 1008) for the Inception Score.
+    """
 
     num_features = 2048
 
-    def __init__(self):
+    def __init__(self, output: str = "2048"):
         super().__init__()
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
         path = published_file(URL_INCEPTION_V3)
-        self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=False)
+        self.net = NoTrainInceptionV3("inception-v3-compat", [output], str(path), antialias=False)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net((images * 255).round().byte().expand(-1, 3, -1, -1))
@@ -90,9 +93,23 @@ class FrechetDistance(FrechetInceptionDistance):
             self.kinds = ("pixels", "depth")
             self.rows = (Row(f"fd[{features}]", f"FD[{features}]", "lower", ".4g"),)
 
-    def update(self, prediction, target, keys=()):
-        super().update(target, real=True)
-        super().update(prediction, real=False)
+    def update(self, prediction: Tensor | None, target: Tensor | None, keys=()) -> None:
+        """Images (B, C, H, W) in [0, 1] of both sides, or None for one of them."""
+        for images, real in ((target, True), (prediction, False)):
+            if images is not None:
+                super().update(images, real=real)
+
+    def set_real(self, mean: Tensor, covariance: Tensor, count: int) -> None:
+        """Take the Gaussian (D,), (D, D) of `count` images as the real side. Raises ZooError where D is another."""
+        if mean.shape != self.real_features_sum.shape or covariance.shape != self.real_features_cov_sum.shape:
+            raise ZooError(
+                f"the reference has a mean of shape {tuple(mean.shape)} and a covariance of {tuple(covariance.shape)}, "
+                f"and the features are {tuple(self.real_features_sum.shape)}."
+            )
+        mean, covariance = mean.to(self.real_features_sum), covariance.to(self.real_features_cov_sum)
+        self.real_features_sum = count * mean
+        self.real_features_cov_sum = (count - 1) * covariance + count * mean.outer(mean)
+        self.real_features_num_samples = self.real_features_num_samples + count
 
     def compute(self):
         if self.real_features_num_samples < 2:

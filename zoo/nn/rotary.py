@@ -9,8 +9,8 @@ from torch import Tensor
 def grid_angles(rows: Tensor, columns: Tensor, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
     """Cosines and sines (L, head_dim) float32 for tokens at rows and columns (L,).
 
-    The first half of a head turns with the row, the second with the column: frequencies theta^(-2j / d), j = 0..d/2 - 1,
-    d = head_dim / 2, each for two neighbouring channels. head_dim must be a multiple of 4.
+    The first half of a head turns with the row, the second with the column, at the frequencies theta^(-2j / d),
+    j = 0..d/2 - 1, d = head_dim / 2, each for two neighbouring channels. head_dim must be a multiple of 4.
     """
     half = head_dim // 2
     frequencies = 1.0 / theta ** (torch.arange(0, half, 2, dtype=torch.float32) / half)

@@ -85,7 +85,7 @@ class TrainingModule(L.LightningModule):
         return path
 
     def pictures(self, batch: dict, count: int) -> Tensor:
-        """(rows * count, C, H, W) to look at in validation: of the first images input, reconstruction and difference."""
+        """(rows * count, C, H, W) to look at in validation: first images, their reconstructions, and differences."""
         images = batch[self.tokenizer.info.input][:count]
         reconstructions = self.tokenizer.reconstruct(images).to(images.dtype)
         return torch.cat([images, reconstructions, (images - reconstructions).abs()])

@@ -45,7 +45,7 @@ def plateau(
     decay_after_epochs: float = 0.0,
     min_ratio: float = 0.0,
 ) -> float:
-    """Linear warm-up from 0, then 1 until decay_after_epochs, then half a cosine to min_ratio at the end (xAR's script).
+    """Linear warm-up from 0, then 1 until decay_after_epochs, then half a cosine to min_ratio at the end (xAR).
 
     Raises ZooError when the run or an epoch has no known length.
     """

@@ -187,15 +187,15 @@ def sampling(vectors: Vectors, about: dict) -> dict[str, Tensor]:
     for s in range(len(generator.partition.lengths)):
         for i in (0, steps - 1):
             x, t, begin, v = calls[s * steps + i]
-            both = [v[:1].float()]
-            # the half without class, by a pass over everything so far, cached or not
-            for label in (generator.no_class,):
-                both.append(uncached(generator, sequence[:1, :begin], x[:1].float(), t, label))
-            torch.testing.assert_close(uncached(generator, sequence[:1, :begin], x[:1].float(), t, int(labels[0])), both[0],
-                                       rtol=1e-4, atol=1e-4)  # fmt: skip
-            if len(v) > len(labels):
-                torch.testing.assert_close(v[len(labels)][None].float(), both[1], rtol=1e-4, atol=1e-4)
-            velocities.append(torch.cat(both))
+            # the half without class is computed where it is needed alone; here by a pass over everything so far
+            passes = [
+                uncached(generator, sequence[:1, :begin], x[:1].float(), t, label)
+                for label in (int(labels[0]), generator.no_class)
+            ]
+            rows = [v[:1], *([v[len(labels)][None]] if len(v) > len(labels) else [])]
+            for row, other in zip(rows, passes, strict=False):
+                torch.testing.assert_close(row.float(), other, rtol=1e-4, atol=1e-4)
+            velocities.append(torch.cat([v[:1].float(), passes[1]]))
     out["velocity"] = torch.stack(velocities).unflatten(0, (-1, 2)).to(vectors.answers(name)["velocity"].dtype)
     if "cache_keys_first_block" in vectors.answers(name):
         end = generator.partition.starts[-1]

@@ -47,9 +47,13 @@ class KLTokenizer(Tokenizer):
             max_tokens=(c.image_size // c.downsample) ** 2,
         )
 
+    def moments(self, values: Tensor) -> Tensor:
+        """Values (B, 3, H, W) to means and log variances (B, 2 D, h, w) of the posterior."""
+        return self.quant_conv(self.encoder(values))
+
     def posterior(self, values: Tensor) -> GaussianPosterior:
         """Values (B, 3, H, W) to the posterior of unscaled latents (B, D, h, w)."""
-        return GaussianPosterior.from_moments(self.quant_conv(self.encoder(values)))
+        return GaussianPosterior.from_moments(self.moments(values))
 
     def scaled_latents(self, values: Tensor, sample_posterior: bool, noise: Tensor | None = None) -> Tensor:
         """Values (B, 3, H, W) to latents (B, D, h, w) of the contract; noise: see GaussianPosterior.sample."""

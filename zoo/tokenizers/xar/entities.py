@@ -52,8 +52,10 @@ class Partition:
         return entity[:, None] >= entity[None, :]
 
     def context_mask(self) -> Tensor:
-        """(2 L, 2 L) bool for all tokens clean, then all of them noisy: the clean ones look as in `mask`; a noisy one at
-        the clean ones of earlier entities and at the noisy ones of its own."""
+        """(2 L, 2 L) bool for all tokens clean, then all of them noisy.
+
+        The clean look as in `mask`; a noisy one at the clean ones of earlier entities and the noisy ones of its own.
+        """
         entity = self.entity
         clean, earlier = self.mask(), entity[:, None] > entity[None, :]
         return torch.cat([torch.cat([clean, earlier]), torch.cat([torch.zeros_like(clean), clean & ~earlier])], dim=1)

@@ -16,7 +16,7 @@ from zoo.errors import ZooError
 from zoo.flow import euler, euler_maruyama, guide, heun, linear_scale
 from zoo.nn.autoencoder import to_tokens
 from zoo.nn.rotary import grid_angles, rotate
-from zoo.tokenizer import Preset, Tokens, Weights
+from zoo.tokenizer import Preset, Tokenizer, Tokens, Weights
 from zoo.tokenizers.xar.entities import partition
 
 TIMES = 1000
@@ -129,7 +129,7 @@ class Attention(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None = None, remember=None) -> Tensor:
-        """x (B, n, D); angles: (2, n, d) of these tokens; remember: function (keys, values) -> keys, values to attend to."""
+        """x (B, n, D); angles: (2, n, d) of its tokens; remember: (keys, values) -> keys, values to attend to."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         q, k = (rotate(one, *angles) for one in (q, k))
         if remember is not None:
@@ -313,6 +313,15 @@ class XARGenerator(nn.Module):
             x = block(x, condition, angles, mask, remember)
         return self.head(self.decoder_norm(x)).flatten(1, 2) if output else None
 
+    def check_settings(self, num_steps: int | None, guidance: float | None, sampler: str) -> None:
+        """Raise ZooError for settings of `sample` that it does not take."""
+        if num_steps is not None and (type(num_steps) is not int or num_steps < 2):
+            raise ZooError(f"num_steps must be an integer of at least 2, got {num_steps!r}.")
+        if guidance is not None and not guidance >= 0:  # false for NaN too
+            raise ZooError(f"guidance must not be below 0, got {guidance}.")
+        if sampler not in SAMPLERS:
+            raise ZooError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
+
     def generate(self, labels: Tensor, **arguments) -> Tokens:
         """Tokens that the tokenizer decodes, for labels (B,) in 0..num_classes; others: of `sample`."""
         latents = self.sample(labels, **arguments)
@@ -339,17 +348,12 @@ class XARGenerator(nn.Module):
             generator: of what is drawn, on any device; a list has one for each row, so that an image does not depend on
                 its batch.
         """
+        self.check_settings(num_steps, guidance, sampler)
+        if labels.ndim != 1 or labels.is_floating_point() or ((labels < 0) | (labels > self.no_class)).any():
+            raise ZooError(f"labels are integers (B,) from 0 to {self.no_class} (no class), got {labels.tolist()}.")
         c, lengths = self.config, self.partition.lengths
         steps = c.num_steps if num_steps is None else num_steps
         scale = c.guidance if guidance is None else guidance
-        if steps < 2:
-            raise ZooError(f"num_steps must be at least 2, got {steps}.")
-        if not scale >= 0:
-            raise ZooError(f"guidance must not be below 0, got {scale}.")
-        if labels.ndim != 1 or labels.is_floating_point() or ((labels < 0) | (labels > self.no_class)).any():
-            raise ZooError(f"labels are integers (B,) from 0 to {self.no_class} (no class), got {labels}.")
-        if sampler not in SAMPLERS:
-            raise ZooError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
         batch, guided = len(labels), scale > 1
         distinct, index = torch.cat([labels, labels.new_tensor([self.no_class])]).unique(return_inverse=True)
         rows = torch.cat([index[:-1], index[-1:].expand(batch)]) if guided else index[:-1]
@@ -410,6 +414,19 @@ SAMPLERS = {
     "euler": lambda steps: (ode_times(steps), euler),
     "heun": lambda steps: (ode_times(steps), heun),
 }
+
+
+def check_space(generator: XARGenerator, tokenizer: Tokenizer) -> None:
+    """Raise ZooError unless the generator's latents are those of the tokenizer."""
+    info, (channels, rows, columns) = tokenizer.info, generator.info.shape
+    if info.kind != "continuous":
+        raise ZooError(f"{generator.info.name} generates continuous latents, and {info.name} has discrete tokens.")
+    width, count = info.latent_dims[info.streams[0]], info.max_tokens
+    if (width, count) != (channels, rows * columns):
+        raise ZooError(
+            f"{generator.info.name} generates {rows} x {columns} latents of {channels} values, and {info.name} has "
+            f"{count} of {width}; set generator.grid and generator.latent_dim."
+        )
 
 
 NO_LICENCE = "none stated by the authors (all rights reserved)"

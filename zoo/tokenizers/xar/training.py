@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from zoo import registry
-from zoo.errors import ZooError
 from zoo.flow import interpolate, logit_normal, velocity
 from zoo.nn.autoencoder import to_map
 from zoo.quantizers import GaussianPosterior
 from zoo.tokenizer import Tokenizer
 from zoo.tokenizers.kl.tokenizer import KLTokenizer
-from zoo.tokenizers.xar.generator import XARGenerator
+from zoo.tokenizers.xar.generator import XARGenerator, check_space
 from zoo.training.module import Losses, TrainingModule, batch_size
 
 ROWS = 8
@@ -92,7 +91,7 @@ class XARTraining(TrainingModule):
     def compiled(self) -> list[nn.Module]:
         return [self.generator]
 
-    def train(self, mode: bool = True) -> "XARTraining":
+    def train(self, mode: bool = True) -> XARTraining:
         super().train(mode)
         self.tokenizer.eval()
         return self
@@ -151,16 +150,3 @@ class XARTraining(TrainingModule):
         path = folder / "generator.safetensors"
         registry.save(self.generator, path)
         return path
-
-
-def check_space(generator: XARGenerator, tokenizer: Tokenizer) -> None:
-    """Raise ZooError unless the generator's latents are those of the tokenizer."""
-    info, (channels, rows, columns) = tokenizer.info, generator.info.shape
-    if info.kind != "continuous":
-        raise ZooError(f"{generator.info.name} generates continuous latents, and {info.name} has discrete tokens.")
-    width, count = info.latent_dims[info.streams[0]], info.max_tokens
-    if (width, count) != (channels, rows * columns):
-        raise ZooError(
-            f"{generator.info.name} generates {rows} x {columns} latents of {channels} values, and {info.name} has "
-            f"{count} of {width}; set generator.grid and generator.latent_dim."
-        )
