@@ -106,6 +106,12 @@ class Registry:
         files.load(made, state, path)
         return made.to(device=device, dtype=dtype).eval()
 
+    def with_weights(self, made: Any, weights: str | Path | None = None) -> Any:
+        """What `load` gives for the name and the configuration of something made."""
+        known = config_fields(self.preset(made.info.name).config)
+        changed = {name: value for name, value in config_fields(made.config).items() if value != known[name]}
+        return self.load(made.info.name, weights, **changed)
+
     def weights_path(self, name: str, weights: str | Path | None = None) -> Path:
         """The file that `load` reads for these arguments, downloaded if need be."""
         registered = self.preset(name).weights

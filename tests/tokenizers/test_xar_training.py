@@ -5,6 +5,7 @@ import torch
 from hydra.utils import instantiate
 
 import zoo
+from zoo import registry
 from zoo.commands import cli
 from zoo.data import Loader, scenes
 from zoo.data.labels import COLOR_NAMES, class_field, dominant_color
@@ -41,6 +42,17 @@ def test_two_ranks_train_as_one(tmp_path, train_on):
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-4, atol=1e-6)
     assert (tmp_path / "1/pictures/step-0000004.png").is_file()
+
+
+def test_a_training_can_start_from_a_trained_generator(tmp_path):
+    torch.manual_seed(0)
+    trained = module().generator
+    registry.save(trained, tmp_path / "generator.safetensors")
+    started = module(f"module.generator_weights={tmp_path}/generator.safetensors").generator
+    assert started.training
+    assert all(
+        torch.equal(ours, theirs) for ours, theirs in zip(started.parameters(), trained.parameters(), strict=True)
+    )
 
 
 def test_cached_moments_give_the_loss_of_the_images(batch):

@@ -1,10 +1,10 @@
 """How good the images of xAR generators are that were trained on the embedded scenes, by the colour that covers most.
 
-    python -m zoo.tokenizers.xar.report NAME[=FILE] ... [--images 512] [--features aurora-tiny] [--output DIR]
+    python -m zoo.tokenizers.xar.report NAME[=FILE] ... [--guidance 1 2] [--images 512] [--features vqgan-tiny]
 
-For each generator: accuracy of the asked class by a small classifier that is trained here on real scenes, and a Frechet
-distance to the real validation scenes on the features of a tokenizer of the zoo. Writes report.json and, for each
-generator, a picture with a column for each class.
+For each generator and guidance: accuracy of the asked class by a small classifier that is trained here on real scenes,
+and a Frechet distance to the real validation scenes on the features of a tokenizer of the zoo; for comparison both of
+as many real training scenes. Writes report.json and, for each line, a picture with a column for each class.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from zoo.commands.generate import image_generator
 from zoo.data import Loader, scenes
 from zoo.data.labels import COLOR_NAMES, dominant_color
 from zoo.metrics.frechet import FrechetDistance
-from zoo.tokenizer import Tokens
 
 ROWS = 8
 """Images of each class in a picture."""
+BATCH = 32
 
 
 def real(split: str) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def real(split: str) -> tuple[Tensor, Tensor]:
     return torch.cat([b["image"] for b in batches]), torch.cat([dominant_color(b) for b in batches])
 
 
-def classifier(images: Tensor, labels: Tensor, steps: int = 600) -> nn.Module:
+def classifier(images: Tensor, labels: Tensor, steps: int = 1000) -> nn.Module:
     """Four convolutions, trained with mirrored images."""
     torch.manual_seed(0)
     layers, inner = [], 3
@@ -46,7 +46,7 @@ def classifier(images: Tensor, labels: Tensor, steps: int = 600) -> nn.Module:
         layers += [nn.Conv2d(inner, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU()]
         inner = width
     network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inner, len(COLOR_NAMES)))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in track(range(steps), "classifier", transient=True):
         index = torch.randint(len(images), (64,))
@@ -65,57 +65,60 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     return torch.cat([network(b).argmax(1) for b in images.split(64)]).eq(labels).float().mean().item()
 
 
-def generated(name: str, weights: str | None, count: int, guidance: float | None) -> tuple[Tensor, Tensor]:
-    """Images of all classes in equal numbers, and the classes."""
+def generated(name: str, weights: str | None, labels: Tensor, guidance: float) -> Tensor:
+    """An image for each label; equal numbers are drawn for equal places whatever generates."""
     generator = zoo.load_generator(name, weights)
     space = zoo.load_tokenizer(generator.info.tokenizer)
-    labels = torch.arange(count) * len(generator.info.classes) // count
     images = []
-    for batch in track(torch.arange(count).split(32), name, transient=True):
-        latents = generator.sample(
-            labels[batch], guidance=guidance, generator=[image_generator(0, i) for i in batch.tolist()]
-        )
-        tokens = Tokens(latents={"image": latents.flatten(2).transpose(1, 2)}, grid=tuple(latents.shape[2:]))
-        images.append(space.decode(tokens))
-    return torch.cat(images), labels
+    for batch in track(torch.arange(len(labels)).split(BATCH), f"{name} {guidance}", transient=True):
+        draws = [image_generator(0, i) for i in batch.tolist()]
+        images.append(space.decode(generator.generate(labels[batch], guidance=guidance, generator=draws)))
+    return torch.cat(images)
 
 
 def frechet(images: Tensor, others: Tensor, features: str) -> float:
-    metric = FrechetDistance(features=features)
-    count = min(len(images), len(others))
-    metric.update(images[:count], others[:count])
+    metric = FrechetDistance(features)
+    for batch, other in zip(images.split(BATCH), others.split(BATCH), strict=True):
+        metric.update(batch, other)
     return next(iter(metric.compute().values())).item()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("generators", nargs="+", metavar="NAME[=FILE]")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0])
     parser.add_argument("--images", type=int, default=512)
-    parser.add_argument("--guidance", type=float)
-    parser.add_argument("--features", default="aurora-tiny")
+    parser.add_argument("--features", default="vqgan-tiny")
     parser.add_argument("--output", type=Path, default=Path("outputs/xar-report"))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    validation, classes = real("val")
-    network = classifier(*real("train"))
-    rows = {"real scenes": {"accuracy": accuracy(network, validation, classes)}}
-    order = torch.randperm(len(validation), generator=torch.Generator().manual_seed(0))
+    (images, classes), (validation, its_classes) = real("train"), real("val")
+    network = classifier(images, classes)
+    count = min(args.images, len(validation))
+    validation, its_classes = validation[:count], its_classes[:count]  # asked are the classes that the real ones have
+    rows = []
+
+    def add(title: str, images: Tensor, labels: Tensor) -> None:
+        distance = frechet(images, validation, args.features)
+        rows.append({"name": title, "accuracy": accuracy(network, images, labels), "distance": distance})
+
+    rows.append({"name": "real, validation", "accuracy": accuracy(network, validation, its_classes), "distance": 0.0})
+    add("real, training", images[:count], classes[:count])
     for given in args.generators:
         name, _, file = given.partition("=")
-        images, labels = generated(name, file or None, args.images, args.guidance)
-        mixed = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
-        rows[given] = {
-            "accuracy": accuracy(network, images, labels),
-            f"FD[{args.features}]": frechet(mixed, validation[order], args.features),
-        }
-        shown = torch.stack([images[labels == c][:ROWS] for c in range(len(COLOR_NAMES))], dim=1).flatten(0, 1)
-        stem = Path(file).parent.name if file else name
-        save_image(make_grid(shown, nrow=len(COLOR_NAMES)), args.output / f"{stem}.png")
-    table = Table("", "accuracy of the class ↑", f"FD[{args.features}] ↓")
-    for given, row in rows.items():
-        distance = row.get(f"FD[{args.features}]")
-        table.add_row(given, f"{row['accuracy']:.1%}", "" if distance is None else f"{distance:.5f}")
-    (args.output / "report.json").write_text(json.dumps({"images": args.images, "rows": rows}, indent=2) + "\n")
+        for guidance in args.guidance:
+            images = generated(name, file or None, its_classes, guidance)
+            title = f"{Path(file).parent.name if file else name}, guidance {guidance:g}"
+            add(title, images, its_classes)
+            columns = [images[its_classes == c][:ROWS] for c in range(len(COLOR_NAMES))]
+            columns = [F.pad(c, (*[0] * 6, 0, ROWS - len(c)), value=1.0) for c in columns]
+            grid = make_grid(torch.stack(columns, dim=1).flatten(0, 1), nrow=len(COLOR_NAMES), pad_value=1.0)
+            save_image(grid, args.output / f"{title.replace(', guidance ', '-')}.png")
+    table = Table("", "accuracy of the class ↑", rf"FD\[{args.features}] to validation ↓")
+    for row in rows:
+        table.add_row(row["name"], f"{row['accuracy']:.1%}", f"{row['distance']:.4f}")
+    report = {"images": count, "features": args.features, "rows": rows}
+    (args.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     Console(highlight=False).print(table)
 
 

@@ -67,6 +67,7 @@ class XARTraining(TrainingModule):
         generator: what is trained.
         labels: batch -> (B,) int64 classes, see zoo.data.labels.
         tokenizer_weights: a file, where the tokenizer's name alone has none.
+        generator_weights: a file to start from, for example the published one.
         clean_context: ablation, see flow_loss.
         others: of TrainingModule.
     """
@@ -77,11 +78,14 @@ class XARTraining(TrainingModule):
         generator: XARGenerator,
         labels: Callable[[dict], Tensor],
         tokenizer_weights: str | Path | None = None,
+        generator_weights: str | Path | None = None,
         clean_context: bool = False,
         **arguments,
     ):
-        space = registry.load_tokenizer(tokenizer.info.name, tokenizer_weights)
+        space = registry.tokenizers.with_weights(tokenizer, tokenizer_weights)
         check_space(generator, space)
+        if generator_weights is not None:
+            generator = registry.generators.with_weights(generator, generator_weights).train()
         super().__init__(space.requires_grad_(False), **arguments)
         self.generator, self.labels, self.clean_context = generator, labels, clean_context
 
