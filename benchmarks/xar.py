@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 
 from zoo.flow import euler_maruyama, guide, linear_scale
-from zoo.nn.rotary import rotate
 from zoo.tokenizers.xar.generator import Condition, XARConfig, XARGenerator, sde_times, time_ids
 
 
@@ -47,6 +46,16 @@ def without_cache(generator: XARGenerator, labels, steps, scale, start, noises):
     return generator.partition.to_grid(torch.cat(finished, dim=1))
 
 
+def rms_norm(x):
+    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def swapped(x):
+    """Neighbouring channels (a, b) to (-b, a)."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([-b, a], dim=-1).flatten(-2)
+
+
 def transcription(generator: XARGenerator, labels, steps, scale, start, noises):
     """The published algorithm call by call, with its waste."""
     lengths, batch = generator.partition.lengths, len(labels)
@@ -66,9 +75,9 @@ def transcription(generator: XARGenerator, labels, steps, scale, start, noises):
                 angles = generator.decoder_angles[:, span]
             modulation = block.modulation(condition).repeat_interleave(length, dim=1)
             gate1, gate2, scale1, scale2, shift1, shift2 = modulation.chunk(6, dim=-1)
-            h = block.norm1(x) * (1 + scale1) + shift1
+            h = rms_norm(x) * (1 + scale1) + shift1
             q, k, v = rearrange(block.attn.qkv(h), "b n (t h d) -> t b h n d", t=3, h=block.attn.num_heads)
-            q, k = rotate(q, *angles), rotate(k, *angles)
+            q, k = (one * angles[0] + swapped(one) * angles[1] for one in (q, k))
             cached = caches[number]
             keys, values = (
                 (k, v) if cached is None else (torch.cat([c, o], 2) for c, o in zip(cached, (k, v), strict=True))
@@ -78,7 +87,7 @@ def transcription(generator: XARGenerator, labels, steps, scale, start, noises):
                 caches[number] = keys[:, :, : size + keep], values[:, :, : size + keep]
             out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
             x = x + gate1 * block.attn.proj(rearrange(out, "b h n d -> b n (h d)"))
-            x = x + gate2 * block.mlp(block.norm2(x) * (1 + scale2) + shift2)
+            x = x + gate2 * block.mlp(rms_norm(x) * (1 + scale2) + shift2)
         return generator.head(generator.decoder_norm(x))[:, -length:].double()
 
     finished = []

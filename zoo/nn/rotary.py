@@ -19,8 +19,12 @@ def grid_angles(rows: Tensor, columns: Tensor, head_dim: int, theta: float = 10_
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """x (..., L, head_dim): neighbouring channels (a, b) become (a cos - b sin, b cos + a sin)."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-b, a], dim=-1).flatten(-2)
-    return x * cosines + turned * sines
+def turns(cosines: Tensor, sines: Tensor) -> Tensor:
+    """What `rotate` multiplies by: (L, head_dim / 2) complex64, from the tables of `grid_angles`."""
+    return torch.complex(cosines[:, ::2].float(), sines[:, ::2].float())
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """x (..., L, head_dim): neighbouring channels (a, b) become (a cos - b sin, b cos + a sin), in float32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vectors import Vectors
 
 from zoo import weights
-from zoo.nn.rotary import rotate
+from zoo.nn.rotary import rotate, turns
 from zoo.quantizers import GaussianPosterior
 from zoo.tokenizers.kl.tokenizer import KLConfig, KLTokenizer
 from zoo.tokenizers.xar import published
@@ -72,7 +72,7 @@ def cells(vectors: Vectors, about: dict) -> dict[str, Tensor]:
 def rope(vectors: Vectors, about: dict) -> dict[str, Tensor]:
     generator, q = xar(vectors, about["module"]), vectors.input("rope", "q")
     parts = {"full": slice(None), "cell2": slice(128, 192), "cells1and2": slice(64, 192)}
-    return {n: rotate(q[:, :, s], *generator.encoder_angles[:, s]) for n, s in parts.items()}
+    return {n: rotate(q[:, :, s], turns(*generator.encoder_angles[:, s])) for n, s in parts.items()}
 
 
 def ids(vectors: Vectors, about: dict) -> dict[str, Tensor]:
@@ -167,8 +167,8 @@ def sampling(vectors: Vectors, about: dict) -> dict[str, Tensor]:
         noises = noises.double()
     calls, caches, original = [], [], generator._call
 
-    def call(x, t, distinct, rows, begin, cache, output=True):
-        out = original(x, t, distinct, rows, begin, cache, output)
+    def call(x, t, conditions, rows, begin, cache, output=True):
+        out = original(x, t, conditions, rows, begin, cache, output)
         if output:
             calls.append((x, t, begin, out))
         caches.append(cache)

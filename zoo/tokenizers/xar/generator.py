@@ -15,12 +15,16 @@ from torch import Tensor, nn
 from zoo.errors import ZooError
 from zoo.flow import euler, euler_maruyama, guide, heun, linear_scale
 from zoo.nn.autoencoder import to_tokens
-from zoo.nn.rotary import grid_angles, rotate
+from zoo.nn.rotary import grid_angles, rotate, turns
 from zoo.tokenizer import Preset, Tokenizer, Tokens, Weights
 from zoo.tokenizers.xar.entities import partition
 
 TIMES = 1000
 """Time ids are trunc(TIMES * t)."""
+
+
+FEW_LABELS = 32
+"""Distinct labels up to which the modulations of all blocks at all times are kept: 0.4 GB for xAR-B."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +133,9 @@ class Attention(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None = None, remember=None) -> Tensor:
-        """x (B, n, D); angles: (2, n, d) of its tokens; remember: (keys, values) -> keys, values to attend to."""
+        """x (B, n, D); angles: of its tokens, see rotate; remember: (keys, values) -> keys, values to attend to."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
-        q, k = (rotate(one, *angles) for one in (q, k))
+        q, k = rotate(q, angles), rotate(k, angles)
         if remember is not None:
             k, v = remember(k, v)
         dropout = self.attention_dropout if self.training else 0.0
@@ -161,11 +165,13 @@ class Condition(NamedTuple):
     """What was made of them (..., M) to what broadcasts over (rows, groups, tokens of a group, M)."""
     groups: int
     """Into how many groups of equal length the tokens of a row are cut."""
+    made: Sequence[Tensor] | None = None
+    """What each block makes of the values, where it is known already."""
 
     @classmethod
-    def of_rows(cls, values: Tensor, rows: Tensor) -> Condition:
+    def of_rows(cls, values: Tensor, rows: Tensor, made: Sequence[Tensor] | None = None) -> Condition:
         """Each row has that of the (U, D) values to which `rows` (R,) points."""
-        return cls(values, lambda made: made[rows][:, None, None], 1)
+        return cls(values, lambda made: made[rows][:, None, None], 1, made)
 
     @classmethod
     def of_entities(cls, values: Tensor, lengths: Sequence[int]) -> Condition:
@@ -187,9 +193,8 @@ class Block(nn.Module):
         self.mlp = GatedMlp(width, c.mlp_ratio, c.dropout)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, condition: Condition, angles: Tensor, mask=None, remember=None) -> Tensor:
-        """x (R, groups, tokens, D); others: see Attention."""
-        modulation = condition.spread(self.modulation(condition.values))
+    def forward(self, x: Tensor, modulation: Tensor, angles: Tensor, mask=None, remember=None) -> Tensor:
+        """x (R, groups, tokens, D); modulation: (..., 6 D) that broadcasts over it; others: see Attention."""
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.chunk(6, dim=-1)
         h = modulate(self.norm1(x), scale1, shift1).flatten(1, 2)
         x = torch.addcmul(x, gate1, self.attn(h, angles, mask, remember).view_as(x))
@@ -198,7 +203,7 @@ class Block(nn.Module):
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x (1 + scale) + shift."""
-    return torch.addcmul(x + shift, x, scale)
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class TimeEmbedding(nn.Module):
@@ -303,14 +308,15 @@ class XARGenerator(nn.Module):
         """
         x = self.embed_norm(self.embed(tokens) + self.encoder_positions[:, span])
         x = x.unflatten(1, (condition.groups, -1))
-        angles = self.encoder_angles[:, span].to(x.dtype)
+        angles = turns(*self.encoder_angles[:, span])
         for number, block in enumerate(self.blocks):
             if number == self.config.encoder_depth:
                 positions = self.decoder_positions[:, span].unflatten(1, (condition.groups, -1))
                 x = self.decoder_embed(self.encoder_norm(x)) + positions
-                angles = self.decoder_angles[:, span].to(x.dtype)
+                angles = turns(*self.decoder_angles[:, span])
             remember = None if cache is None else functools.partial(cache, number)
-            x = block(x, condition, angles, mask, remember)
+            made = block.modulation(condition.values) if condition.made is None else condition.made[number]
+            x = block(x, condition.spread(made), angles, mask, remember)
         return self.head(self.decoder_norm(x)).flatten(1, 2) if output else None
 
     def check_settings(self, num_steps: int | None, guidance: float | None, sampler: str) -> None:
@@ -357,6 +363,8 @@ class XARGenerator(nn.Module):
         batch, guided = len(labels), scale > 1
         distinct, index = torch.cat([labels, labels.new_tensor([self.no_class])]).unique(return_inverse=True)
         rows = torch.cat([index[:-1], index[-1:].expand(batch)]) if guided else index[:-1]
+        times, solve = SAMPLERS[sampler](steps)
+        conditions = self._conditions(distinct, times)
         cache = Cache(len(rows), self.partition.length, self.blocks, self.encoder_positions)
 
         def draw(shape, dtype):
@@ -371,15 +379,14 @@ class XARGenerator(nn.Module):
             weight = linear_scale(scale, s, len(lengths))
             used = rows if weight > 1 else rows[:batch]
             if s:  # what was finished is context: clean, at time 0
-                self._call(finished[-1], 0.0, distinct, rows, begin - lengths[s - 1], cache, output=False)
+                self._call(finished[-1], 0.0, conditions, rows, begin - lengths[s - 1], cache, output=False)
 
             def velocity(x: Tensor, t: float, used=used, weight=weight, begin=begin) -> Tensor:
-                v = self._call(x, t, distinct, used, begin, cache)
+                v = self._call(x, t, conditions, used, begin, cache)
                 return guide(v[:batch], v[batch:], weight) if len(used) > batch else v
 
             shape = (batch, length, c.latent_dim)
             x = (draw(shape, torch.float32) if start is None else start[s]).double()
-            times, solve = SAMPLERS[sampler](steps)
             if sampler == "sde":
                 drawn = (draw(shape, torch.float64) for _ in range(steps - 1)) if noises is None else noises[s]
                 x = solve(velocity, x, times, drawn)
@@ -388,12 +395,26 @@ class XARGenerator(nn.Module):
             finished.append(x.to(self.encoder_positions.dtype))
         return self.partition.to_grid(torch.cat(finished, dim=1))
 
-    def _call(self, x, t, distinct, rows, begin, cache, output=True):
+    def _conditions(self, labels: Tensor, times: Sequence[float]) -> Callable[[float, Tensor], Condition]:
+        """Conditions of rows at a time, computed for all times and distinct labels at once, before the first step."""
+        times = [0.0, *times]
+        ids = time_ids(torch.tensor(times)).to(labels.device)
+        values = self.condition(labels, ids[:, None])  # (times, labels, D)
+        few = len(labels) <= FEW_LABELS
+        made = [block.modulation(values) for block in self.blocks] if few else None
+        place = {t: i for i, t in enumerate(times)}
+
+        def at(t: float, rows: Tensor) -> Condition:
+            i = place[t]
+            return Condition.of_rows(values[i], rows, [one[i] for one in made] if few else None)
+
+        return at
+
+    def _call(self, x, t, conditions, rows, begin, cache, output=True):
         """One entity at one time for all rows, the conditional ones first."""
         dtype = self.encoder_positions.dtype
         tokens = x.to(dtype).repeat(len(rows) // len(x), 1, 1)
-        ids = time_ids(torch.tensor(t, device=x.device))
-        condition = Condition.of_rows(self.condition(distinct, ids), rows)
+        condition = conditions(t, rows)
         span = slice(begin, begin + x.shape[1])
         out = self.network(tokens, condition, span, None, lambda n, k, v: cache.update(n, k, v, begin), output)
         return None if out is None else out.double()
