@@ -44,6 +44,15 @@ def test_two_ranks_train_as_one(tmp_path, train_on):
     assert (tmp_path / "1/pictures/step-0000004.png").is_file()
 
 
+def test_a_training_reads_the_latents_that_pretokenize_wrote(tmp_path, zoo_command, train_on):
+    shards = tmp_path / "latents"
+    what = ("tokenizer=kl-tiny", "data=scenes", "split=val", "data.fields=[image,objects]", "flip=true", "num_shards=2")
+    zoo_command("pretokenize", *what, "data.num_workers=0", "device=cpu", f"output_dir={shards}")
+    data = ("data=shards", f"data.train='{shards}/{{00000..00001}}.tar'", f"data.val={shards}/00000.tar")
+    metrics = train_on(1, tmp_path / "run", "xar-tiny", *data, "data.fields=[moments,objects]", *SMALL)
+    assert len(metrics["train/loss"]) == 4
+
+
 def test_a_training_can_start_from_a_trained_generator(tmp_path):
     torch.manual_seed(0)
     trained = module().generator
