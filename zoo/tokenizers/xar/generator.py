@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zoo.errors import ZooError
 from zoo.flow import euler, euler_maruyama, guide, heun, linear_scale
 from zoo.nn.autoencoder import to_tokens
+from zoo.nn.cache import Cache
 from zoo.nn.rotary import grid_angles, rotate, turns
 from zoo.tokenizer import Preset, Tokenizer, Tokens, Weights
 from zoo.tokenizers.xar.entities import partition
@@ -101,26 +102,6 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         normed = F.rms_norm(x.float(), self.normalized_shape, None, self.eps).to(x.dtype)
         return normed if self.weight is None else normed * self.weight
-
-
-class Cache:
-    """Keys and values of the tokens generated so far, of every block: written in place, read as a slice."""
-
-    def __init__(self, rows: int, length: int, blocks: Sequence[Block], like: Tensor):
-        self.buffers = []
-        for block in blocks:
-            heads = block.attn.num_heads
-            shape = (2, rows, heads, length, like.shape[-1] // heads)
-            self.buffers.append(like.new_empty(shape))
-
-    def update(self, number: int, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Put keys and values (R, H, n, d) of a block at `start`; returns those of all tokens up to their end.
-
-        R may be below the number of rows: then only the first R take part.
-        """
-        end, buffer = start + keys.shape[2], self.buffers[number][:, : len(keys)]
-        buffer[0, :, :, start:end], buffer[1, :, :, start:end] = keys, values
-        return buffer[0, :, :, :end], buffer[1, :, :, :end]
 
 
 class Attention(nn.Module):
