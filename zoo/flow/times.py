@@ -22,3 +22,8 @@ def logit_normal(
 def shift(t: Tensor, factor: float) -> Tensor:
     """factor t / (1 + (factor - 1) t): above 1 more steps are near noise (arXiv 2403.03206, equation 23)."""
     return factor * t / (1 + (factor - 1) * t)
+
+
+def falling(num_steps: int, shift_factor: float = 1.0) -> list[float]:
+    """num_steps + 1 times from 1 to 0, evenly spaced and then shifted."""
+    return shift(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift_factor).tolist()
