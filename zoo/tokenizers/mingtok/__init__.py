@@ -1,0 +1,1 @@
+"""MingTok: continuous latents that become semantic features first and pixels then."""
