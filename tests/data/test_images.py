@@ -75,7 +75,7 @@ def test_of_an_animation_the_first_frame_is_taken():
     assert decode({"gif": data})[:, 0, 0].tolist() == [1, 0, 0]
 
 
-@pytest.mark.parametrize("size", [(31, 20), (20, 45), (7, 9), (16, 40)])
+@pytest.mark.parametrize("size", [(31, 20), (20, 45), (7, 9), (16, 40), (19, 16), (16, 21)])
 def test_the_centre_crop_is_that_of_torchvision(size):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
     expected = F.center_crop(F.resize(image, 16, F.InterpolationMode.BICUBIC), 16)

@@ -6,8 +6,21 @@ import math
 import pytest
 import torch
 
-from zoo.flow import adaptive, data_at, euler, euler_maruyama, guide, heun, interpolate, linear_scale, score, velocity
-from zoo.flow.times import logit_normal, shift
+from zoo.flow import (
+    adaptive,
+    data_at,
+    euler,
+    euler_maruyama,
+    guide,
+    guide_twice,
+    heun,
+    interpolate,
+    linear_scale,
+    renormalize,
+    score,
+    velocity,
+)
+from zoo.flow.times import falling, logit_normal, shift
 
 MEAN, STD = 1.5, 0.5
 
@@ -86,9 +99,26 @@ def test_guidance_moves_from_the_unconditional_through_the_conditional():
     assert linear_scale(4, 0, 1) == 4
 
 
+def test_two_guidances_are_steps_from_the_unconditional_over_the_partial_one():
+    c, p, u = torch.tensor([7.0]), torch.tensor([3.0]), torch.tensor([1.0])
+    assert guide_twice(c, p, u, 1, 1).item() == 7
+    assert guide_twice(c, p, u, 0, 2).item() == 5
+    assert guide_twice(c, p, u, 2, 1).item() == 11
+    torch.testing.assert_close(guide_twice(c, u, u, 2.5, 9.0), guide(c, u, 2.5))
+
+
+def test_renormalised_vectors_are_never_longer_than_the_conditional_ones():
+    conditional = torch.tensor([[3.0, 4.0], [3.0, 4.0], [0.0, 0.0], [0.0, 0.0]])
+    guided = torch.tensor([[0.0, 10.0], [1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    expected = torch.tensor([[0.0, 5.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    torch.testing.assert_close(renormalize(guided, conditional), expected, rtol=1e-6, atol=1e-7)
+
+
 def test_times_are_logit_normal_or_shifted():
     t = logit_normal((100_000,), generator=torch.Generator().manual_seed(0))
     assert t.median().item() == pytest.approx(0.5, abs=0.01)
     assert (t < 0.2689).float().mean().item() == pytest.approx(0.1587, abs=0.01)  # sigmoid(-1)
     assert shift(torch.tensor([0.0, 0.5, 1.0]), 3.0).tolist() == pytest.approx([0, 0.75, 1])
     assert torch.equal(shift(t, 1.0), t)
+    assert falling(4) == [1, 0.75, 0.5, 0.25, 0]
+    assert falling(2, 3.0) == pytest.approx([1, 0.75, 0])
