@@ -419,6 +419,7 @@ def test_steps_and_their_spacing_can_be_chosen():
         ({"z": torch.zeros(2, 9)}, r"conditions are \(B, 10\), got shape \(2, 9\)"),
         ({"unconditional": torch.zeros(1, 10)}, r"unconditional is one condition for each of z \(2, 10\)"),
         ({"text_unconditional": torch.zeros(2, 10)}, "beside unconditional=, which is missing"),
+        ({"noise": torch.zeros(3, 4)}, r"noise is \(2, 4\), or \(1, 4\) for all latents, got \(3, 4\)"),
         ({"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),
         ({"num_steps": "8"}, "num_steps must be an integer of at least 1, got '8'"),
         ({"time_shift": 0.0}, "time_shift must be above 0"),

@@ -97,12 +97,7 @@ def pix(vectors: Vectors, about: dict, given) -> dict[str, Tensor]:
     stages = {"sem_to_pix": decoder.embed, "block0": decoder.blocks[0], "norm": decoder.norm, "pred": decoder.head}
     found = record(stages, {"in": decoder.blocks[0]})
     preclamp = decoder(tokenizer.semantic_decoder(tokenizer.encoder(values)[:, :-1]))
-    return found | {"recon_preclamp": preclamp, "recon": to_values(tokenizer, tokenizer.to_images(preclamp))}
-
-
-def to_values(tokenizer: MingTokTokenizer, images: Tensor) -> Tensor:
-    """Images of the contract in the range of the authors' code."""
-    return tokenizer.to_values(images)
+    return found | {"recon_preclamp": preclamp, "recon": tokenizer.to_values(tokenizer.to_images(preclamp))}
 
 
 @torch.no_grad()
@@ -140,7 +135,7 @@ def big(vectors: Vectors, about: dict, given) -> dict[str, Tensor]:
         "sem.patchtokens": features,
     }
     if rows == columns:
-        out["recon"] = to_values(tokenizer, tokenizer.decode_features(features))
+        out["recon"] = tokenizer.to_values(tokenizer.decode_features(features))
     return out
 
 
@@ -149,7 +144,7 @@ def cache(vectors: Vectors, about: dict, given) -> dict[str, Tensor]:
     tokenizer, _ = modules(vectors, about)
     latents = tokenizer.normalize(tokenizer.encoder(given("image"))[:, :-1])
     features = stepwise(tokenizer, latents)
-    return {"features": features, "recon": to_values(tokenizer, tokenizer.decode_features(features))}
+    return {"features": features, "recon": tokenizer.to_values(tokenizer.decode_features(features))}
 
 
 def stepwise(tokenizer: MingTokTokenizer, latents: Tensor) -> Tensor:
@@ -224,7 +219,7 @@ def gen(vectors: Vectors, about: dict, given) -> dict[str, Tensor]:
         "latents": latents,
         "features": features,
         "llm_inputs": head.project(features),
-        "image": to_values(tokenizer, tokenizer.decode_features(features)),
+        "image": tokenizer.to_values(tokenizer.decode_features(features)),
     }
 
 

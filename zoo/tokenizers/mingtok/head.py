@@ -212,6 +212,8 @@ class FlowHead(nn.Module):
             return renormalize(guided, v[0]) if renorm else guided
 
         shape = (len(z), self.config.latent_dim)
+        if noise is not None and noise.shape not in (shape, (1, shape[1])):
+            raise ZooError(f"noise is {shape}, or (1, {shape[1]}) for all latents, got {tuple(noise.shape)}.")
         if noise is None:
             noise = torch.randn((1, shape[1]) if shared_noise else shape, device=z.device, generator=generator)
         x = temperature * noise.float().expand(shape)
