@@ -1,4 +1,4 @@
-"""Training of the convolutional autoencoders: pixels, LPIPS and a patch discriminator."""
+"""Training of autoencoders: pixels, LPIPS and a patch discriminator."""
 
 from __future__ import annotations
 
@@ -49,12 +49,21 @@ class AutoencoderTraining(TrainingModule):
         """Values (B, C, H, W) to their reconstruction, the loss on what is between, and what to log."""
         raise NotImplementedError
 
+    def values(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] to what the tokenizer's networks read."""
+        return self.tokenizer.config.to_values(images)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight whose gradient balances the discriminator."""
+        return self.tokenizer.decoder.conv_out.weight
+
     def optimized(self) -> dict[str, nn.Module]:
         modules = {"tokenizer": self.tokenizer}
         return modules | ({"discriminator": self.discriminator} if self.discriminator else {})
 
     def losses(self, batch: dict) -> Losses:
-        values = self.tokenizer.config.to_values(batch["image"])
+        values = self.values(batch["image"])
         reconstruction, regularizer, logs = self.regularized(values)
         if counts := self.discriminator is not None and self.global_step >= self.adversarial_start:
             self.discriminator.requires_grad_(True)
@@ -65,9 +74,8 @@ class AutoencoderTraining(TrainingModule):
         if self.perceptual is not None:
             perceptual = self.perceptual_weight * self.perceptual(reconstruction, values)
         if counts:
-            layer = self.tokenizer.decoder.conv_out.weight
             fake = self.discriminator(reconstruction)
-            total, more = generator_loss(pixels, perceptual, fake, layer, self.adversarial_weight, 1.0)
+            total, more = generator_loss(pixels, perceptual, fake, self.last_layer, self.adversarial_weight, 1.0)
         else:
             total, more = pixels if perceptual is None else pixels + perceptual.mean(), {"pixels": pixels}
         total = total + regularizer
