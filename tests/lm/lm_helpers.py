@@ -30,11 +30,11 @@ N = 4
 """Latents of an image."""
 
 
-def make(lm="qwen2", std=0.1, tokenizer=None, **head):
+def make(lm="qwen2", std=0.1, captions=CAPTIONS, **head):
     torch.manual_seed(0)
-    tokenizer = zoo.create_tokenizer("mingtok-tiny", **TOKENIZER | (tokenizer or {}))
+    tokenizer = zoo.create_tokenizer("mingtok-tiny", **TOKENIZER)
     config = LANGUAGE_MODELS[lm] if isinstance(lm, str) else lm
-    model = VisualLM.create(config, train_text_tokenizer(CAPTIONS, 280), tokenizer, FlowHeadConfig(**HEAD | head))
+    model = VisualLM.create(config, train_text_tokenizer(captions, 280), tokenizer, FlowHeadConfig(**HEAD | head))
     with torch.no_grad():  # a fresh flow head is zero, and hears no condition
         for parameter in model.parameters():
             parameter.add_(std * torch.randn_like(parameter))

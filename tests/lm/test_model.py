@@ -108,13 +108,13 @@ def test_a_batch_of_one_direction_still_reaches_every_parameter(to_image):
 
 
 def test_a_saved_model_comes_back_with_its_words_and_sizes(tmp_path):
-    model = make(depth=2)
+    model = make(captions=["1234 " * 9], depth=2)  # Qwen2's own tokenizer has no words of several digits
     model.save(tmp_path / "model")
     loaded = VisualLM.load(tmp_path / "model")
     assert not loaded.training
     assert loaded.vision.head.config == model.vision.head.config
     assert loaded.vision.tokenizer.config == model.vision.tokenizer.config
-    for text in (*CAPTIONS, "Ünïcode 12345, it's <|endoftext|>"):
+    for text in (*CAPTIONS, "Ünïcode 1234, it's <|endoftext|>"):
         assert loaded.text_ids(text) == model.text_ids(text)
     for ours, theirs in zip(losses(loaded), losses(model), strict=True):
         assert torch.equal(ours, theirs)

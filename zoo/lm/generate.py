@@ -133,9 +133,8 @@ def _check(model: VisualLM, prompts, images, generator) -> list[list[int]]:
     texts = [model.text_ids(prompt) for prompt in prompts]
     if not all(texts):
         raise ZooError(f"prompt {[bool(text) for text in texts].index(False)} is empty; say what to show.")
-    given = {} if images is None else {"images": images}
-    for name, values in (given | {"generators": generator} if isinstance(generator, (list, tuple)) else given).items():
-        if len(values) != len(prompts):
+    for name, values in (("images", images), ("generators", generator)):
+        if isinstance(values, (Tensor, list, tuple)) and len(values) != len(prompts):
             raise ZooError(f"{len(prompts)} prompts take as many {name}, got {len(values)}.")
     return texts
 
