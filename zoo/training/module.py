@@ -33,7 +33,7 @@ class TrainingModule(L.LightningModule):
     all ranks have to draw alike comes from `shared_generator`.
 
     Args:
-        tokenizer: what is trained.
+        tokenizer: what is trained, or what the trained part stands on; None where there is no tokenizer.
         optimizers: {name: partial torch optimizer waiting for its parameter groups}. A step of the run is a batch (or
             `accumulate` batches), whichever of them step on it.
         schedules: {name: function of zoo.training.schedules, its own arguments bound}; default: constant. They follow
@@ -47,7 +47,7 @@ class TrainingModule(L.LightningModule):
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         optimizers: Mapping[str, Callable],
         schedules: Mapping[str, Callable] | None = None,
         gradient_clip: float = 0.0,
