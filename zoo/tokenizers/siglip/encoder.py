@@ -154,11 +154,14 @@ class SigLIPEncoder(ImageReader):
         h = tower.layers(tower.embed(to_values(self.check_images(images))), stop=layer)
         return tower.norm(h) if layer is None else h
 
-    def text_ids(self, texts: Sequence[str]) -> Tensor:
-        """Texts to ids (B, text_length) int64 on the encoder's device; ZooError when they are not what it takes."""
+    def text_ids(self, texts: Sequence[str], truncate: bool = False) -> Tensor:
+        """Texts to ids (B, text_length) int64 on the encoder's device; ZooError when they are not what it takes.
+
+        truncate: a text that is too long loses its end instead, as the captions of training do.
+        """
         if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
             raise ZooError(f"{self.info.name} takes a list of at least one text, got {texts!r}.")
-        return self.text_tokenizer(texts).to(self.device)
+        return self.text_tokenizer(texts, truncate).to(self.device)
 
 
 def to_values(images: Tensor) -> Tensor:

@@ -24,11 +24,10 @@ class WordTokenizer:
     def __init__(self, vocabulary: Sequence[str], length: int):
         self.ids, self.length = {word: i for i, word in enumerate(vocabulary)}, length
 
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """(B, length) int64. Raises ZooError for a text of more words."""
+    def __call__(self, texts: Sequence[str], truncate: bool = False) -> Tensor:
+        """(B, length) int64. A text of more words raises ZooError, or loses the last ones."""
         rows = [[self.ids.get(word, self.ids[UNKNOWN]) for word in words(text)] for text in texts]
-        check_lengths(texts, rows, self.length)
-        return torch.tensor([row + [self.ids[PAD]] * (self.length - len(row)) for row in rows])
+        return padded([row[: self.length] for row in rows] if truncate else rows, texts, self.length, self.ids[PAD])
 
 
 class HubTokenizer:
@@ -39,23 +38,31 @@ class HubTokenizer:
 
         try:
             self.tokenizer, self.length = AutoTokenizer.from_pretrained(name), length
-        except (OSError, ValueError, ImportError) as error:
-            reason = str(error).strip().split("\n")[0]
+        except OSError as error:
             raise ZooError(
-                f"the text tokenizer '{name}' is not on this machine and cannot be downloaded ({reason}); fetch the "
-                "tokenizer files of that id where there is a network and pass text_tokenizer='path/to/their/folder'."
+                f"the text tokenizer '{name}' is not on this machine and cannot be downloaded ({_first_line(error)}); "
+                "fetch its files where there is a network and pass text_tokenizer='path/to/their/folder'."
+            ) from error
+        except (ImportError, ValueError) as error:
+            raise ZooError(
+                f"the text tokenizer '{name}' cannot be read ({_first_line(error)}); SentencePiece files, as of SigLIP "
+                "1, need the package sentencepiece."
             ) from error
 
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """(B, length) int64, of lower-cased text as in training. Raises ZooError for a text of more tokens."""
-        rows = self.tokenizer([text.lower() for text in texts])["input_ids"]
-        check_lengths(texts, rows, self.length)
-        pad = self.tokenizer.pad_token_id
-        return torch.tensor([row + [pad] * (self.length - len(row)) for row in rows])
+    def __call__(self, texts: Sequence[str], truncate: bool = False) -> Tensor:
+        """(B, length) int64 of lower-cased texts, as trained on. One of more tokens raises ZooError, or is cut."""
+        cut = {"truncation": True, "max_length": self.length} if truncate else {}
+        rows = self.tokenizer([text.lower() for text in texts], **cut)["input_ids"]
+        return padded(rows, texts, self.length, self.tokenizer.pad_token_id)
 
 
-def check_lengths(texts: Sequence[str], rows: Sequence[Sequence[int]], limit: int) -> None:
-    """Raise ZooError for the first text whose ids are more than the tower reads."""
+def padded(rows: Sequence[list[int]], texts: Sequence[str], length: int, pad: int) -> Tensor:
+    """(B, length) int64, padded at the end. Raises ZooError for the first text with more ids."""
     for text, row in zip(texts, rows, strict=True):
-        if len(row) > limit:
-            raise ZooError(f"a text of {len(row)} tokens is longer than the {limit} that are read: '{text[:60]}...'.")
+        if len(row) > length:
+            raise ZooError(f"a text of {len(row)} tokens is longer than the {length} that are read: '{text[:60]}...'.")
+    return torch.tensor([row + [pad] * (length - len(row)) for row in rows])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -13,9 +13,10 @@ from zoo.losses.contrastive import sigmoid_loss, sigmoid_loss_over_ranks
 from zoo.metrics.retrieval import Retrieval
 from zoo.tokenizer import Tokenizer
 from zoo.tokenizers.siglip.encoder import SigLIPEncoder
+from zoo.tokenizers.siglip.text import words
 from zoo.training.module import Losses, TrainingModule, batch_size
 
-SIDED = ("left", "right")
+SIDES = {"left", "right"}
 """Words of a caption that is not true of the mirror image."""
 
 
@@ -55,14 +56,15 @@ class SigLIPTraining(TrainingModule):
             count = len(images) * self.trainer.world_size
             draws = self.own_rows(torch.rand(count, generator=self.shared_generator()))
             images = mirrored(images, captions, draws)
+        embeddings = self.encoder(images, self.encoder.text_ids(captions, truncate=True))
         scale, bias = self.encoder.logit_scale.exp(), self.encoder.logit_bias
-        loss = sigmoid_loss_over_ranks(*self.encoder(images, self.encoder.text_ids(captions)), scale, bias)
+        loss = sigmoid_loss_over_ranks(*embeddings, scale, bias)
         yield "encoder", loss, {"loss": loss.detach(), "scale": scale.detach(), "bias": bias.detach()}
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """The loss within each batch, since ranks may have unequal ones."""
         captions = captions_of(batch)
-        images, texts = self.encoder(batch["image"], self.encoder.text_ids(captions))
+        images, texts = self.encoder(batch["image"], self.encoder.text_ids(captions, truncate=True))
         self.retrieval.update(images, texts, captions)
         loss = sigmoid_loss(images, texts, self.encoder.logit_scale.exp(), self.encoder.logit_bias)
         self.log("val/loss", loss, batch_size=batch_size(batch), sync_dist=True, prog_bar=True)
@@ -87,6 +89,6 @@ def captions_of(batch: dict) -> list[str]:
 
 def mirrored(images: Tensor, captions: list[str], draws: Tensor) -> Tensor:
     """Images (B, C, H, W), mirrored where the draw (B,) from U[0, 1) is below 0.5 and the caption names no side."""
-    sided = torch.tensor([any(side in caption.lower().split() for side in SIDED) for caption in captions])
-    chosen = ((draws < 0.5) & ~sided).to(images.device)
+    no_side = torch.tensor([SIDES.isdisjoint(words(caption)) for caption in captions])
+    chosen = ((draws < 0.5) & no_side).to(images.device)
     return images.flip(-1).where(chosen[:, None, None, None], images)
