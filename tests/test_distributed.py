@@ -2,7 +2,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from zoo.distributed import from_first_rank, gather_over_ranks, min_over_ranks, rows_of_all_ranks, sum_over_ranks, world_size
+from zoo.distributed import (
+    from_first_rank,
+    gather_over_ranks,
+    min_over_ranks,
+    rows_of_all_ranks,
+    sum_over_ranks,
+    world_size,
+)
 
 
 def results(rank: int) -> dict:
@@ -47,5 +54,6 @@ def test_one_process_gets_what_it_has():
         "matrix": [[5.0] * 3] * 2,
         "least": [6.0, -2.0],
         "first": [[6, 8], [7, 9]],
+        "gathered": [[6, 7]],
         "rows": [[52, 53], [50, 51], [52, 53]],
     }

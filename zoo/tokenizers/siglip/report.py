@@ -1,15 +1,17 @@
-"""What a SigLIP encoder knows of the embedded scenes: retrieval, colours without training, counting by a linear probe.
+"""What a SigLIP encoder knows of the embedded scenes: retrieval, which words it minds, colours, counting by a probe.
 
     python -m zoo.tokenizers.siglip.report [--name siglip-tiny] [--weights FILE] [--output outputs/siglip-report]
 
-Every number stands beside what explains it away: chance, one who knows only the number of objects and the floor, an
-untrained encoder of the same sizes, a thumbnail of the picture. Writes report.json.
+Every number stands beside what could explain it away: chance, one who knows only the number of objects and the floor
+(and the colours), an untrained encoder of the same sizes, the picture of another scene, a thumbnail. Writes report.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
+import re
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -23,12 +25,15 @@ from torch import Tensor
 import zoo
 from zoo.data import Loader, scenes
 from zoo.data.labels import COLOR_NAMES, dominant_color
-from zoo.data.render import MATERIALS, SHAPES
+from zoo.data.render import MATERIALS, SHAPES, SIZES
 from zoo.metrics.retrieval import Retrieval
 from zoo.tokenizers.siglip.encoder import SigLIPEncoder
+from zoo.tokenizers.siglip.text import words
+from zoo.tokenizers.siglip.training import SIDES
 
 BATCH = 128
 KS = (1, 5)
+ATTRIBUTES = {"color": COLOR_NAMES, "material": MATERIALS, "shape": SHAPES, "size": tuple(SIZES)}
 
 
 def read(split: str, image_size: int) -> dict:
@@ -49,11 +54,49 @@ def retrieval(encoder: SigLIPEncoder, batch: dict) -> dict[str, float]:
     return {name: value.item() for name, value in metric.compute().items()}
 
 
-def recall_by_count_and_floor(batch: dict, k: int) -> float:
-    """Expected recall of one who knows the number of objects and the floor's colour, and guesses among what is left."""
-    pairs = list(zip(batch["count"].tolist(), batch["floor"], strict=True))
-    sizes = Counter(pairs)
-    return sum(min(1, k / sizes[pair]) for pair in pairs) / len(pairs)
+def recall_of_one_who_knows(facts: list, k: int) -> float:
+    """Expected recall at k of one who knows a fact about each scene and guesses among the scenes that share it."""
+    sizes = Counter(facts)
+    return sum(min(1, k / sizes[fact]) for fact in facts) / len(facts)
+
+
+def changed(caption: str, choices: tuple[str, ...], draws: random.Random) -> str | None:
+    """The caption with one of its words among the choices replaced by another; None without such a word.
+
+    Floors and walls are left alone ("pale blue").
+    """
+    places = list(re.finditer(rf"(?<!pale )\b({'|'.join(choices)})\b", caption))
+    if not places:
+        return None
+    place = draws.choice(places)
+    return caption[: place.start()] + draws.choice([c for c in choices if c != place[0]]) + caption[place.end() :]
+
+
+def minds_words(encoder: SigLIPEncoder, batch: dict, choices: tuple[str, ...]) -> dict[str, float]:
+    """How often the true caption is nearer than one with a word changed: to its picture, and to that of another scene.
+
+    The second is 0.5 where the text alone does not betray the change.
+    """
+    draws = random.Random(0)
+    pairs = [(i, changed(caption, choices, draws)) for i, caption in enumerate(batch["caption"])]
+    kept = [i for i, text in pairs if text]
+    true = encoder.encode_text([batch["caption"][i] for i in kept])
+    gap = true - encoder.encode_text([text for _, text in pairs if text])
+    images = embed(encoder, batch["image"])
+    return {
+        "own picture": share((images[kept] * gap).sum(1) > 0),
+        "another picture": share((images.roll(1, 0)[kept] * gap).sum(1) > 0),
+        "captions": len(kept),
+    }
+
+
+def minds_sides(encoder: SigLIPEncoder, batch: dict) -> dict[str, float]:
+    """How often a caption is nearer to its picture than to the mirror image, of captions that name sides and others."""
+    texts = encoder.encode_text(batch["caption"])
+    gap = embed(encoder, batch["image"]) - embed(encoder, batch["image"].flip(-1))
+    nearer = (gap * texts).sum(1) > 0
+    sided = ~torch.tensor([SIDES.isdisjoint(words(caption)) for caption in batch["caption"]]) & (batch["count"] > 1)
+    return {"own picture": share(nearer[sided]), "another picture": share(nearer[~sided]), "captions": int(sided.sum())}
 
 
 def named_color(encoder: SigLIPEncoder, images: Tensor) -> Tensor:
@@ -105,11 +148,18 @@ def main() -> None:
         "encoder, as many training scenes": retrieval(encoder, scenes_seen),
         "untrained": retrieval(untrained, val),
     }
-    for name, recall in (
-        ("knows count and floor", lambda k: recall_by_count_and_floor(val, k)),
-        ("chance", lambda k: k / report["scenes"]),
+    counts_floors = list(zip(val["count"].tolist(), val["floor"], strict=True))
+    bags = [tuple(sorted(thing["color"] for thing in objects)) for objects in val["objects"]]
+    for name, facts in (
+        ("knows count, floor and colours", list(zip(counts_floors, bags, strict=True))),
+        ("knows count and floor", counts_floors),
+        ("chance", [None] * report["scenes"]),
     ):
-        report["retrieval"][name] = {key: recall(int(key[-1])) for key in report["retrieval"]["encoder"]}
+        recalls = {key: recall_of_one_who_knows(facts, int(key[-1])) for key in report["retrieval"]["encoder"]}
+        report["retrieval"][name] = recalls
+    report["true caption before one with a word changed"] = {
+        name: minds_words(encoder, val, choices) for name, choices in ATTRIBUTES.items()
+    } | {"left and right (mirrored picture)": minds_sides(encoder, val)}
 
     colors = dominant_color(val)
     report["colour of the largest, named by texts"] = {
@@ -130,10 +180,13 @@ def main() -> None:
     } | {"always the most frequent": share(val["count"] == train["count"].mode().values)}
 
     console = Console(highlight=False)
-    recalls = Table(f"retrieval among {report['scenes']}", *report["retrieval"]["encoder"])
-    for name, row in report["retrieval"].items():
-        recalls.add_row(name, *(f"{value:.3f}" for value in row.values()))
-    console.print(recalls)
+    for title in ("retrieval", "true caption before one with a word changed"):
+        table = Table(
+            title, *(key.replace("_recall", "").replace("_", " ") for key in next(iter(report[title].values())))
+        )
+        for name, row in report[title].items():
+            table.add_row(name, *(f"{value:.3f}" if type(value) is float else str(value) for value in row.values()))
+        console.print(table)
     for title in ("colour of the largest, named by texts", "number of objects by linear probe"):
         table = Table(title, "accuracy")
         for name, value in report[title].items():
