@@ -2,8 +2,8 @@
 
     python -m zoo.tokenizers.siglip.report [--name siglip-tiny] [--weights FILE] [--output outputs/siglip-report]
 
-Every number stands beside what could explain it away: chance, one who knows only the number of objects and the floor
-(and the colours), an untrained encoder of the same sizes, the picture of another scene, a thumbnail. Writes report.json.
+Every number stands beside what could explain it away: chance, one who knows only the number of objects, the floor and
+the colours, an untrained encoder of the same sizes, the picture of another scene, a thumbnail. Writes report.json.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def changed(caption: str, choices: tuple[str, ...], draws: random.Random) -> str
 
 
 def minds_words(encoder: SigLIPEncoder, batch: dict, choices: tuple[str, ...]) -> dict[str, float]:
-    """How often the true caption is nearer than one with a word changed: to its picture, and to that of another scene.
+    """How often the true caption is nearer to its picture than one with a word changed.
 
-    The second is 0.5 where the text alone does not betray the change.
+    Control: the same to the picture of another scene, 0.5 where the text alone does not betray the change.
     """
     draws = random.Random(0)
     pairs = [(i, changed(caption, choices, draws)) for i, caption in enumerate(batch["caption"])]
@@ -85,18 +85,18 @@ def minds_words(encoder: SigLIPEncoder, batch: dict, choices: tuple[str, ...]) -
     images = embed(encoder, batch["image"])
     return {
         "own picture": share((images[kept] * gap).sum(1) > 0),
-        "another picture": share((images.roll(1, 0)[kept] * gap).sum(1) > 0),
+        "control": share((images.roll(1, 0)[kept] * gap).sum(1) > 0),
         "captions": len(kept),
     }
 
 
 def minds_sides(encoder: SigLIPEncoder, batch: dict) -> dict[str, float]:
-    """How often a caption is nearer to its picture than to the mirror image, of captions that name sides and others."""
+    """How often a caption that names sides is nearer to its picture than to the mirror image; control: the others."""
     texts = encoder.encode_text(batch["caption"])
     gap = embed(encoder, batch["image"]) - embed(encoder, batch["image"].flip(-1))
     nearer = (gap * texts).sum(1) > 0
     sided = ~torch.tensor([SIDES.isdisjoint(words(caption)) for caption in batch["caption"]]) & (batch["count"] > 1)
-    return {"own picture": share(nearer[sided]), "another picture": share(nearer[~sided]), "captions": int(sided.sum())}
+    return {"own picture": share(nearer[sided]), "control": share(nearer[~sided]), "captions": int(sided.sum())}
 
 
 def named_color(encoder: SigLIPEncoder, images: Tensor) -> Tensor:
