@@ -129,6 +129,47 @@ def share(right: Tensor) -> float:
     return right.double().mean().item()
 
 
+def retrieval_table(encoder: SigLIPEncoder, untrained: SigLIPEncoder, train: dict, val: dict) -> dict:
+    seen = {name: value[: len(val["image"])] for name, value in train.items()}
+    table = {
+        "encoder": retrieval(encoder, val),
+        "encoder, as many training scenes": retrieval(encoder, seen),
+        "untrained": retrieval(untrained, val),
+    }
+    counts_floors = list(zip(val["count"].tolist(), val["floor"], strict=True))
+    colors = [tuple(sorted(thing["color"] for thing in objects)) for objects in val["objects"]]
+    for name, facts in (
+        ("knows count, floor and colours", list(zip(counts_floors, colors, strict=True))),
+        ("knows count and floor", counts_floors),
+        ("chance", [None] * len(val["image"])),
+    ):
+        table[name] = {key: recall_of_one_who_knows(facts, int(key[-1])) for key in table["encoder"]}
+    return table
+
+
+def color_table(encoder: SigLIPEncoder, untrained: SigLIPEncoder, val: dict) -> dict:
+    colors = dominant_color(val)
+    return {
+        "encoder": {"accuracy": share(named_color(encoder, val["image"]) == colors)},
+        "untrained": {"accuracy": share(named_color(untrained, val["image"]) == colors)},
+        "always the most frequent": {"accuracy": share(colors == colors.mode().values)},
+    }
+
+
+def count_table(encoder: SigLIPEncoder, untrained: SigLIPEncoder, train: dict, val: dict) -> dict:
+    views = {
+        "encoder, mean of features": lambda images: mean_features(encoder, images),
+        "encoder, embedding": lambda images: embed(encoder, images),
+        "untrained, mean of features": lambda images: mean_features(untrained, images),
+        "thumbnail of 8 x 8 pixels": lambda images: F.adaptive_avg_pool2d(images, 8).flatten(1),
+        "mean colour": lambda images: images.mean((2, 3)),
+    }
+    guesses = {
+        name: probe(view(train["image"]), train["count"] - 1, view(val["image"])) + 1 for name, view in views.items()
+    } | {"always the most frequent": train["count"].mode().values}
+    return {name: {"accuracy": share(guess == val["count"])} for name, guess in guesses.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", default="siglip-tiny")
@@ -140,61 +181,26 @@ def main() -> None:
     untrained = type(encoder)(encoder.config).eval()
     train, val = (read(split, encoder.config.image_size) for split in ("train", "val"))
 
-    scenes_seen = {name: value[: len(val["image"])] for name, value in train.items()}
-    report = {"name": args.name, "scenes": len(val["caption"]), "different_captions": len(set(val["caption"]))}
-    report["captions_also_in_training"] = len(set(val["caption"]) & set(train["caption"]))
-    report["retrieval"] = {
-        "encoder": retrieval(encoder, val),
-        "encoder, as many training scenes": retrieval(encoder, scenes_seen),
-        "untrained": retrieval(untrained, val),
+    tables = {
+        "retrieval": retrieval_table(encoder, untrained, train, val),
+        "true caption before one with a word changed": {
+            name: minds_words(encoder, val, choices) for name, choices in ATTRIBUTES.items()
+        }
+        | {"left and right (mirrored picture)": minds_sides(encoder, val)},
+        "colour of the largest, named by texts": color_table(encoder, untrained, val),
+        "number of objects by linear probe": count_table(encoder, untrained, train, val),
     }
-    counts_floors = list(zip(val["count"].tolist(), val["floor"], strict=True))
-    bags = [tuple(sorted(thing["color"] for thing in objects)) for objects in val["objects"]]
-    for name, facts in (
-        ("knows count, floor and colours", list(zip(counts_floors, bags, strict=True))),
-        ("knows count and floor", counts_floors),
-        ("chance", [None] * report["scenes"]),
-    ):
-        recalls = {key: recall_of_one_who_knows(facts, int(key[-1])) for key in report["retrieval"]["encoder"]}
-        report["retrieval"][name] = recalls
-    report["true caption before one with a word changed"] = {
-        name: minds_words(encoder, val, choices) for name, choices in ATTRIBUTES.items()
-    } | {"left and right (mirrored picture)": minds_sides(encoder, val)}
-
-    colors = dominant_color(val)
-    report["colour of the largest, named by texts"] = {
-        "encoder": share(named_color(encoder, val["image"]) == colors),
-        "untrained": share(named_color(untrained, val["image"]) == colors),
-        "always the most frequent": share(colors == colors.mode().values),
-    }
-    views = {
-        "encoder, mean of features": lambda images: mean_features(encoder, images),
-        "encoder, embedding": lambda images: embed(encoder, images),
-        "untrained, mean of features": lambda images: mean_features(untrained, images),
-        "thumbnail of 8 x 8 pixels": lambda images: F.adaptive_avg_pool2d(images, 8).flatten(1),
-        "mean colour": lambda images: images.mean((2, 3)),
-    }
-    report["number of objects by linear probe"] = {
-        name: share(probe(view(train["image"]), train["count"] - 1, view(val["image"])) == val["count"] - 1)
-        for name, view in views.items()
-    } | {"always the most frequent": share(val["count"] == train["count"].mode().values)}
-
-    console = Console(highlight=False)
-    for title in ("retrieval", "true caption before one with a word changed"):
-        table = Table(
-            title, *(key.replace("_recall", "").replace("_", " ") for key in next(iter(report[title].values())))
-        )
-        for name, row in report[title].items():
+    for title, rows in tables.items():
+        columns = [key.replace("_recall", "").replace("_", " ") for key in next(iter(rows.values()))]
+        table = Table(title, *columns)
+        for name, row in rows.items():
             table.add_row(name, *(f"{value:.3f}" if type(value) is float else str(value) for value in row.values()))
-        console.print(table)
-    for title in ("colour of the largest, named by texts", "number of objects by linear probe"):
-        table = Table(title, "accuracy")
-        for name, value in report[title].items():
-            table.add_row(name, f"{value:.3f}")
-        console.print(table)
+        Console(highlight=False).print(table)
+    scenes_of = {"scenes": len(val["caption"]), "different captions": len(set(val["caption"]))}
+    scenes_of["captions also in training"] = len(set(val["caption"]) & set(train["caption"]))
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(f"report.json is in {args.output}")
+    (args.output / "report.json").write_text(json.dumps({"name": args.name} | scenes_of | tables, indent=2) + "\n")
+    print(f"{scenes_of}; report.json is in {args.output}")
 
 
 if __name__ == "__main__":
