@@ -162,6 +162,7 @@ def test_every_word_of_the_scenes_is_known_and_every_caption_fits(encoder):
         (lambda e: e.encode_text("a red cube"), "list of at least one text, got 'a red cube'"),
         (lambda e: e.encode_text([]), r"at least one text, got \[\]"),
         (lambda e: e.encode_text([1]), r"at least one text, got \[1\]"),
+        (lambda e: e.encode_text(1), "at least one text, got 1"),
         (lambda e: e.encode_text(["cube " * 67]), "67 tokens is longer than the 66 that are read: 'cube cube"),
         (lambda e: zoo.create_encoder("siglip-tiny", width=50), "width 50 .* number of heads 4"),
         (lambda e: zoo.create_encoder("siglip-tiny", vocab_size=9), "vocab_size is 9, .* has 73 words"),

@@ -159,7 +159,8 @@ class SigLIPEncoder(ImageReader):
 
         truncate: a text that is too long loses its end instead, as the captions of training do.
         """
-        if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
+        listed = isinstance(texts, Sequence) and not isinstance(texts, str)
+        if not (listed and texts and all(isinstance(text, str) for text in texts)):
             raise ZooError(f"{self.info.name} takes a list of at least one text, got {texts!r}.")
         return self.text_tokenizer(texts, truncate).to(self.device)
 
