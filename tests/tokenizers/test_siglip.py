@@ -269,4 +269,4 @@ def test_the_trained_encoder_finds_scenes_it_was_not_trained_on():
     trained, retrieval = zoo.load_encoder("siglip-tiny"), Retrieval()
     for batch in Loader(scenes("val"), batch_size=128, fields=["image", "caption"]):
         retrieval.update(trained.encode_image(batch["image"]), trained.encode_text(batch["caption"]), batch["caption"])
-    assert all(recall > 0.01 for recall in retrieval.compute().values())
+    assert all(recall > 0.75 for recall in retrieval.compute().values())
