@@ -2,7 +2,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from zoo.distributed import from_first_rank, min_over_ranks, rows_of_all_ranks, sum_over_ranks, world_size
+from zoo.distributed import (
+    from_first_rank,
+    gather_over_ranks,
+    min_over_ranks,
+    rows_of_all_ranks,
+    sum_over_ranks,
+    world_size,
+)
 
 
 def results(rank: int) -> dict:
@@ -15,6 +22,7 @@ def results(rank: int) -> dict:
         "matrix": matrix.tolist(),
         "least": min_over_ranks(torch.tensor([1.0 + rank, 3.0 - rank])).tolist(),
         "first": from_first_rank(torch.tensor([[1, 2], [3, 4]]).T + rank).tolist(),
+        "gathered": gather_over_ranks(torch.tensor([[1, 2]]) + rank).tolist(),
         "rows": rows_of_all_ranks(rows, torch.tensor([1, 0, world_size() * 2 - 1])).tolist(),
     }
 
@@ -34,6 +42,7 @@ def test_every_rank_gets_what_all_ranks_have_together(tmp_path):
             "matrix": [[1.0] * 3] * 2,
             "least": [1.0, 2.0],
             "first": [[1, 3], [2, 4]],
+            "gathered": [[1, 2], [2, 3]],
             "rows": [[2, 3], [0, 1], [12, 13]],
         }
 
@@ -45,5 +54,6 @@ def test_one_process_gets_what_it_has():
         "matrix": [[5.0] * 3] * 2,
         "least": [6.0, -2.0],
         "first": [[6, 8], [7, 9]],
+        "gathered": [[6, 7]],
         "rows": [[52, 53], [50, 51], [52, 53]],
     }

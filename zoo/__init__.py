@@ -2,10 +2,13 @@
 
 from zoo.errors import ZooError
 from zoo.registry import (
+    create_encoder,
     create_generator,
     create_tokenizer,
+    list_encoders,
     list_generators,
     list_tokenizers,
+    load_encoder,
     load_generator,
     load_tokenizer,
     register_tokenizer,
@@ -20,10 +23,13 @@ __all__ = [
     "Tokens",
     "Weights",
     "ZooError",
+    "create_encoder",
     "create_generator",
     "create_tokenizer",
+    "list_encoders",
     "list_generators",
     "list_tokenizers",
+    "load_encoder",
     "load_generator",
     "load_tokenizer",
     "register_tokenizer",

@@ -52,3 +52,23 @@ def rows_of_all_ranks(rows: Tensor, index: Tensor) -> Tensor:
     own = (local >= 0) & (local < len(rows))
     found = rows.detach()[local.clamp(0, len(rows) - 1)]
     return sum_over_ranks(found.where(own.view(-1, *[1] * (rows.ndim - 1)), 0))[0]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(context, rows: Tensor) -> Tensor:
+        gathered = [torch.empty_like(rows) for _ in range(world_size())]
+        dist.all_gather(gathered, rows)
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> Tensor:
+        return sum_over_ranks(gradient)[0].chunk(world_size())[rank()]
+
+
+def gather_over_ranks(rows: Tensor) -> Tensor:
+    """Rows (B, ...) of all ranks, as many on each, one rank after the other: (world size * B, ...).
+
+    With gradient: that of a row is the sum of what all ranks propagate into it.
+    """
+    return rows if world_size() == 1 else _Gather.apply(rows.contiguous())

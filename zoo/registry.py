@@ -1,4 +1,4 @@
-"""Names of the zoo: which there are, and how a name becomes a tokenizer or a generator."""
+"""Names of the zoo: which there are, and how a name becomes a tokenizer, a generator or an encoder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from zoo.tokenizer import Preset, config_fields, make_config
 
 
 class Registry:
-    """Names of one kind: "tokenizer" or "generator".
+    """Names of one kind: "tokenizer", "generator" or "encoder".
 
     A name is a Preset in the PRESETS of a file called like the kind, in any folder under zoo/tokenizers.
     """
@@ -123,7 +123,7 @@ class Registry:
 
 
 def save(made: nn.Module, path: str | Path) -> None:
-    """Write a tokenizer or generator as one safetensors file that `load(name, weights=path)` reads, sizes included."""
+    """Write what a registry made as one safetensors file that `load(name, weights=path)` reads, sizes included."""
     system = type(made).__module__.split(".")[-2]
     about = {"name": made.info.name, "system": system, "config": config_fields(made.config)}
     files.save(path, made.state_dict(), about)
@@ -141,8 +141,9 @@ def has_weights(preset: Preset) -> bool:
     return bool(location) and (location.startswith("hf://") or (resource("checkpoints") / location).is_file())
 
 
-tokenizers, generators = Registry("tokenizer"), Registry("generator")
+KINDS = tokenizers, generators, encoders = Registry("tokenizer"), Registry("generator"), Registry("encoder")
 presets, preset, weights_path = tokenizers.presets, tokenizers.preset, tokenizers.weights_path
 create_tokenizer, load_tokenizer, list_tokenizers = tokenizers.create, tokenizers.load, tokenizers.list
 register_tokenizer, save_tokenizer = tokenizers.register, save
 create_generator, load_generator, list_generators = generators.create, generators.load, generators.list
+create_encoder, load_encoder, list_encoders = encoders.create, encoders.load, encoders.list

@@ -181,16 +181,16 @@ class Preset:
     licence: str = "Apache-2.0"
 
 
-class Tokenizer(nn.Module):
-    """Base of all tokenizers. A system sets `info` and writes `_encode`, `_decode` and, if it has them, `_features`.
+class ImageReader(nn.Module):
+    """Base of what reads images: a configuration, an `info`, and the check of images that comes before all else.
 
-    `encode`, `decode`, `reconstruct` and `features` are the public, checked and gradient-free side; training goes
-    through the system's own forward. Images are float (B, C, H, W) in [0, 1]; each tokenizer normalises for itself.
+    Images are float (B, C, H, W) in [0, 1]; each reader normalises for itself.
     """
 
     Config: type
     """Frozen dataclass of the sizes of the system."""
-    info: TokenizerInfo
+    info: Any
+    """Has name, channels, image_size and size_multiple, as TokenizerInfo."""
 
     def __init__(self, config):
         super().__init__()
@@ -203,6 +203,43 @@ class Tokenizer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
+
+    def check_images(self, images: Tensor) -> Tensor:
+        """The images on the reader's device and in its dtype; ZooError when they are not what it takes."""
+        info = self.info
+        want = f"{info.name} takes float images (B, {info.channels}, H, W) in [0, 1]"
+        if not isinstance(images, Tensor):
+            raise ZooError(f"{want}, got {type(images).__name__}; make a tensor of it first.")
+        if not images.is_floating_point():
+            raise ZooError(f"{want}, got {images.dtype}; for bytes use images.float() / 255.")
+        if images.ndim != 4 or images.shape[1] != info.channels or 0 in images.shape:
+            raise ZooError(f"{want}, got shape {tuple(images.shape)}.")
+        self.check_size(*images.shape[-2:], want)
+        low, high = (bound.item() for bound in torch.aminmax(images))
+        if not (low >= 0 and high <= 1):  # false for NaN too
+            raise ZooError(f"{want}, got values from {low:.4g} to {high:.4g}; rescale or clamp them.")
+        return images.to(self.device, self.dtype)
+
+    def check_size(self, height: int, width: int, want: str) -> None:
+        """Raise ZooError, a sentence that begins with `want`, for images of a size that is not taken."""
+        size, multiple = self.info.image_size, self.info.size_multiple
+        if multiple is None and (height, width) != (size, size):
+            raise ZooError(f"{want} of {size} x {size} pixels, got {height} x {width}; resize.")
+        if multiple and (height % multiple or width % multiple):
+            raise ZooError(f"{want} whose sides are multiples of {multiple}, got {height} x {width}; resize or crop.")
+
+    def extra_repr(self) -> str:
+        return f"name={self.info.name!r}"
+
+
+class Tokenizer(ImageReader):
+    """Base of all tokenizers. A system sets `info` and writes `_encode`, `_decode` and, if it has them, `_features`.
+
+    `encode`, `decode`, `reconstruct` and `features` are the public, checked and gradient-free side; training goes
+    through the system's own forward.
+    """
+
+    info: TokenizerInfo
 
     @torch.no_grad()
     def encode(self, images: Tensor, **settings) -> Tokens:
@@ -232,30 +269,6 @@ class Tokenizer(nn.Module):
     def _features(self, images: Tensor) -> Tensor:
         raise ZooError(f"{self.info.name} has no features for understanding; it encodes and decodes only.")
 
-    def check_images(self, images: Tensor) -> Tensor:
-        """The images on the tokenizer's device and in its dtype; ZooError when they are not what it takes."""
-        info = self.info
-        want = f"{info.name} takes float images (B, {info.channels}, H, W) in [0, 1]"
-        if not isinstance(images, Tensor):
-            raise ZooError(f"{want}, got {type(images).__name__}; make a tensor of it first.")
-        if not images.is_floating_point():
-            raise ZooError(f"{want}, got {images.dtype}; for bytes use images.float() / 255.")
-        if images.ndim != 4 or images.shape[1] != info.channels or 0 in images.shape:
-            raise ZooError(f"{want}, got shape {tuple(images.shape)}.")
-        self.check_size(*images.shape[-2:], want)
-        low, high = (bound.item() for bound in torch.aminmax(images))
-        if not (low >= 0 and high <= 1):  # false for NaN too
-            raise ZooError(f"{want}, got values from {low:.4g} to {high:.4g}; rescale or clamp them.")
-        return images.to(self.device, self.dtype)
-
-    def check_size(self, height: int, width: int, want: str) -> None:
-        """Raise ZooError, a sentence that begins with `want`, for images of a size that the tokenizer does not take."""
-        size, multiple = self.info.image_size, self.info.size_multiple
-        if multiple is None and (height, width) != (size, size):
-            raise ZooError(f"{want} of {size} x {size} pixels, got {height} x {width}; resize.")
-        if multiple and (height % multiple or width % multiple):
-            raise ZooError(f"{want} whose sides are multiples of {multiple}, got {height} x {width}; resize or crop.")
-
     def check_tokens(self, tokens: Tokens) -> Tokens:
         """The tokens on the tokenizer's device; ZooError when a stream is missing or does not fit."""
         info = self.info
@@ -284,9 +297,6 @@ class Tokenizer(nn.Module):
                     f"got shape {tuple(tokens.latents[name].shape)}."
                 )
         return tokens.to(self.device)
-
-    def extra_repr(self) -> str:
-        return f"name={self.info.name!r}"
 
 
 def raster(count: int, grid: tuple[int, int] | None) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zoo.errors import ZooError, nearest
-from zoo.registry import Registry, generators, resource, tokenizers
+from zoo.registry import KINDS, Registry, resource, tokenizers
 from zoo.tokenizer import config_fields
 
 MISTAKES = (HydraException, OmegaConfBaseException, ZooError, MisconfigurationException)
@@ -77,15 +77,15 @@ def compose(command: str, overrides: list[str] | None = None) -> DictConfig:
 
 
 def store_presets() -> None:
-    """Make every preset an option of the group `tokenizer` or `generator`, so that its sizes stand in one place."""
-    for registry in (tokenizers, generators):
+    """Make every preset an option of the group of its kind (`tokenizer`, ...), so that its sizes stand in one place."""
+    for registry in KINDS:
         for name, one in registry.presets().items():
             node = {"_target_": f"zoo.create_{registry.kind}", "name": name} | config_fields(one.config)
             ConfigStore.instance().store(group=registry.kind, name=name, node=node)
 
 
 def changed_fields(node: DictConfig, registry: Registry = tokenizers) -> dict:
-    """Fields of cfg.tokenizer or cfg.generator that are not the preset's, for `load` of the registry."""
+    """Fields of a tokenizer, generator or encoder in cfg that are not the preset's, for `load` of the registry."""
     config = registry.preset(node.name).config
     known = json.loads(json.dumps(config_fields(config)))  # tuples as lists, as they are in the node
     fields = {name: value for name, value in OmegaConf.to_container(node).items() if name not in ("_target_", "name")}

@@ -1,4 +1,4 @@
-"""`zoo info NAME`: everything the zoo knows about one tokenizer or generator."""
+"""`zoo info NAME`: everything the zoo knows about one tokenizer, generator or encoder."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from zoo.registry import generators, resource, tokenizers
+from zoo.registry import KINDS, resource, tokenizers
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("zoo info", description=__doc__)
     parser.add_argument("name")
     name = parser.parse_args(argv).name
-    registry = generators if name in generators.presets() else tokenizers
+    registry = next((kind for kind in KINDS if name in kind.presets()), tokenizers)
     chosen = registry.preset(name)
     with torch.device("meta"):
         made = registry.create(name)

@@ -1,4 +1,4 @@
-"""`zoo list [PATTERN]`: the tokenizers and generators there are."""
+"""`zoo list [PATTERN]`: the tokenizers, generators and encoders there are."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from zoo.errors import ZooError
-from zoo.registry import generators, has_weights, tokenizers
+from zoo.registry import KINDS, has_weights
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("zoo list", description=__doc__)
     parser.add_argument("pattern", nargs="?", default="*", help="names that match, for example 'karl*'")
     pattern = parser.parse_args(argv).pattern
-    found = [(registry, name) for registry in (tokenizers, generators) for name in registry.list(pattern)]
+    found = [(registry, name) for registry in KINDS for name in registry.list(pattern)]
     if not found:
-        raise ZooError(f"no tokenizer or generator matches '{pattern}'; `zoo list` shows all.")
+        raise ZooError(f"nothing matches '{pattern}'; `zoo list` shows all.")
     whole = Column("name", overflow="fold")  # names are to be copied: never cut
     table = Table(whole, Column("system", no_wrap=True), "what", Column("weights", no_wrap=True))
     for registry, name in found:

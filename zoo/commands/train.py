@@ -38,8 +38,12 @@ def train(cfg: DictConfig) -> L.Trainer:
     for message in HARMLESS:
         warnings.filterwarnings("ignore", f".*{message}")
     L.seed_everything(cfg.seed, verbose=False)
-    tokenizer = instantiate(cfg.tokenizer)
+    tokenizer = instantiate(cfg.get("tokenizer"))  # an encoder needs none
     if cfg.weights is not None:
+        if tokenizer is None:
+            raise ZooError(
+                "weights is a file of a tokenizer, and this experiment has none; use module.encoder_weights."
+            )
         tokenizer = zoo.load_tokenizer(tokenizer.info.name, cfg.weights, **cli.changed_fields(cfg.tokenizer)).train()
     module = instantiate(cfg.module, tokenizer=tokenizer)
     data = instantiate(cfg.data)

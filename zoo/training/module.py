@@ -33,7 +33,7 @@ class TrainingModule(L.LightningModule):
     all ranks have to draw alike comes from `shared_generator`.
 
     Args:
-        tokenizer: what is trained.
+        tokenizer: what is trained, or what the trained part stands on; None where there is no tokenizer.
         optimizers: {name: partial torch optimizer waiting for its parameter groups}. A step of the run is a batch (or
             `accumulate` batches), whichever of them step on it.
         schedules: {name: function of zoo.training.schedules, its own arguments bound}; default: constant. They follow
@@ -47,7 +47,7 @@ class TrainingModule(L.LightningModule):
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         optimizers: Mapping[str, Callable],
         schedules: Mapping[str, Callable] | None = None,
         gradient_clip: float = 0.0,
@@ -62,13 +62,11 @@ class TrainingModule(L.LightningModule):
         self.recipe = {name: optimizer for name, optimizer in optimizers.items() if optimizer is not None}
         self.schedules = dict(schedules or {})
         self.gradient_clip, self.accumulate = gradient_clip, accumulate
-        self.max_bad_steps, self.seed = max_bad_steps, seed
+        self.max_bad_steps, self.seed, self._compile = max_bad_steps, seed, compile
         self._unchecked: list[tuple[int, list[str], Tensor]] = []  # steps whose finiteness was not read yet
         self._bad_in_a_row = 0
         self._row: dict[str, Tensor | float] = {}  # what this batch logged
         self._images, self._since = 0, None  # since the throughput was last logged
-        for module in self.compiled() if compile else ():
-            module.compile()
 
     def losses(self, batch: dict) -> Losses:
         """Yield (name of the optimizer, loss, {name: scalar to log}) in the order of the steps."""
@@ -91,8 +89,12 @@ class TrainingModule(L.LightningModule):
         return torch.cat([images, reconstructions, (images - reconstructions).abs()])
 
     def compiled(self) -> list[nn.Module]:
-        """Those parts of the tokenizer that training calls."""
+        """Those parts that training calls."""
         return [self.tokenizer]
+
+    def setup(self, stage: str) -> None:
+        for module in self.compiled() if self._compile else ():
+            module.compile()
 
     def configure_optimizers(self):
         modules = self.optimized()

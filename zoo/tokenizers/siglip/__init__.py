@@ -1,0 +1,1 @@
+"""SigLIP: the encoder of images and texts that other systems learn from."""

@@ -1,0 +1,68 @@
+"""Texts to ids, of the fixed length that the text tower reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zoo.errors import ZooError
+
+PAD, UNKNOWN = "<pad>", "<unk>"
+
+
+def words(text: str) -> list[str]:
+    """Lower-cased words and punctuation marks, in their order."""
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+class WordTokenizer:
+    """Ids are places in a vocabulary of words that begins with PAD and UNKNOWN."""
+
+    def __init__(self, vocabulary: Sequence[str], length: int):
+        self.ids, self.length = {word: i for i, word in enumerate(vocabulary)}, length
+
+    def __call__(self, texts: Sequence[str], truncate: bool = False) -> Tensor:
+        """(B, length) int64. A text of more words raises ZooError, or loses the last ones."""
+        rows = [[self.ids.get(word, self.ids[UNKNOWN]) for word in words(text)] for text in texts]
+        return padded([row[: self.length] for row in rows] if truncate else rows, texts, self.length, self.ids[PAD])
+
+
+class HubTokenizer:
+    """The tokenizer of transformers behind a hub id or in a local folder. Raises ZooError when it is not there."""
+
+    def __init__(self, name: str, length: int):
+        from transformers import AutoTokenizer
+
+        try:
+            self.tokenizer, self.length = AutoTokenizer.from_pretrained(name), length
+        except OSError as error:
+            raise ZooError(
+                f"the text tokenizer '{name}' is not on this machine and cannot be downloaded ({_first_line(error)}); "
+                "fetch its files where there is a network and pass text_tokenizer='path/to/their/folder'."
+            ) from error
+        except (ImportError, ValueError) as error:
+            raise ZooError(
+                f"the text tokenizer '{name}' cannot be read ({_first_line(error)}); SentencePiece files, as of SigLIP "
+                "1, need the package sentencepiece."
+            ) from error
+
+    def __call__(self, texts: Sequence[str], truncate: bool = False) -> Tensor:
+        """(B, length) int64 of lower-cased texts, as trained on. One of more tokens raises ZooError, or is cut."""
+        cut = {"truncation": True, "max_length": self.length} if truncate else {}
+        rows = self.tokenizer([text.lower() for text in texts], **cut)["input_ids"]
+        return padded(rows, texts, self.length, self.tokenizer.pad_token_id)
+
+
+def padded(rows: Sequence[list[int]], texts: Sequence[str], length: int, pad: int) -> Tensor:
+    """(B, length) int64, padded at the end. Raises ZooError for the first text with more ids."""
+    for text, row in zip(texts, rows, strict=True):
+        if len(row) > length:
+            raise ZooError(f"a text of {len(row)} tokens is longer than the {length} that are read: '{text[:60]}...'.")
+    return torch.tensor([row + [pad] * (length - len(row)) for row in rows])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
