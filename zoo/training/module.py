@@ -62,13 +62,11 @@ class TrainingModule(L.LightningModule):
         self.recipe = {name: optimizer for name, optimizer in optimizers.items() if optimizer is not None}
         self.schedules = dict(schedules or {})
         self.gradient_clip, self.accumulate = gradient_clip, accumulate
-        self.max_bad_steps, self.seed = max_bad_steps, seed
+        self.max_bad_steps, self.seed, self._compile = max_bad_steps, seed, compile
         self._unchecked: list[tuple[int, list[str], Tensor]] = []  # steps whose finiteness was not read yet
         self._bad_in_a_row = 0
         self._row: dict[str, Tensor | float] = {}  # what this batch logged
         self._images, self._since = 0, None  # since the throughput was last logged
-        for module in self.compiled() if compile else ():
-            module.compile()
 
     def losses(self, batch: dict) -> Losses:
         """Yield (name of the optimizer, loss, {name: scalar to log}) in the order of the steps."""
@@ -93,6 +91,10 @@ class TrainingModule(L.LightningModule):
     def compiled(self) -> list[nn.Module]:
         """Those parts of the tokenizer that training calls."""
         return [self.tokenizer]
+
+    def setup(self, stage: str) -> None:
+        for module in self.compiled() if self._compile else ():
+            module.compile()
 
     def configure_optimizers(self):
         modules = self.optimized()
