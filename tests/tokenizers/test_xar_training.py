@@ -91,6 +91,13 @@ def test_latents_are_drawn_anew_from_the_posterior(batch):
     torch.testing.assert_close(training.latents(batch, torch.zeros(4), noise), 0.62 * posterior.sample(noise))
 
 
+def test_the_generator_is_what_is_compiled():
+    training = module("module.compile=true")
+    training.setup("fit")
+    assert training.generator._compiled_call_impl is not None
+    assert training.tokenizer._compiled_call_impl is None
+
+
 def test_the_tokenizer_stays_frozen_and_in_evaluation_mode():
     training = module().train()
     assert not training.tokenizer.training
