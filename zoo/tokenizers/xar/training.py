@@ -136,7 +136,7 @@ class XARTraining(TrainingModule):
         if "moments" in batch:
             views = batch["moments"].float()
             moments = views[torch.arange(len(views), device=self.device), (view * views.shape[1]).long()]
-            return space.config.scale_factor * GaussianPosterior.from_moments(moments).sample(noise)
+            return space.drawn(GaussianPosterior.from_moments(moments), noise)
         if isinstance(space, KLTokenizer):
             return space.scaled_latents(space.config.to_values(batch["image"]), True, noise)
         whole = {"num_tokens": space.info.max_tokens} if space.info.variable_length else {}
