@@ -53,7 +53,7 @@ def flow_loss(
     """
     cut = generator.partition
     data = cut.to_sequence(latents)
-    t = times[:, cut.entity.to(times.device)]  # (B, L)
+    t = times[:, generator.entity]  # (B, L)
     noisy = interpolate(data, noise, t)
     prediction = generator(noisy, labels, times, data if clean_context else None)
     return FlowLoss((prediction - velocity(data, noise)).square().mean(), prediction, noisy)
