@@ -58,7 +58,11 @@ class KLTokenizer(Tokenizer):
     def scaled_latents(self, values: Tensor, sample_posterior: bool, noise: Tensor | None = None) -> Tensor:
         """Values (B, 3, H, W) to latents (B, D, h, w) of the contract; noise: see GaussianPosterior.sample."""
         posterior = self.posterior(values)
-        return self.config.scale_factor * (posterior.sample(noise) if sample_posterior else posterior.mean)
+        return self.drawn(posterior, noise) if sample_posterior else self.config.scale_factor * posterior.mean
+
+    def drawn(self, posterior: GaussianPosterior, noise: Tensor | None = None) -> Tensor:
+        """Latents (B, D, h, w) of the contract, drawn from a posterior; noise: see GaussianPosterior.sample."""
+        return self.config.scale_factor * posterior.sample(noise)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Unscaled latents (B, D, h, w) to values (B, 3, H, W), not clamped."""

@@ -229,7 +229,9 @@ class XARGenerator(nn.Module):
         self.decoder_blocks = nn.ModuleList(Block(c.width, c.decoder_heads, c) for _ in range(c.decoder_depth))
         self.decoder_norm = RMSNorm(c.width)
         self.head = nn.Linear(c.width, c.latent_dim)
-        self.register_buffer("mask", self.partition.mask(), persistent=False)
+        cut = self.partition
+        for name, made in (("entity", cut.entity), ("mask", cut.mask()), ("context_mask", cut.context_mask())):
+            self.register_buffer(name, made, persistent=False)
         for name, heads in (("encoder", c.encoder_heads), ("decoder", c.decoder_heads)):
             angles = grid_angles(self.partition.rows, self.partition.columns, c.width // heads)
             self.register_buffer(f"{name}_angles", torch.stack(angles), persistent=False)
@@ -277,7 +279,7 @@ class XARGenerator(nn.Module):
         )
         if context is not None:
             tokens, t = torch.cat([context, tokens], dim=1), torch.cat([torch.zeros_like(t), t], dim=1)
-            lengths, span, mask = 2 * lengths, span.repeat(2), self.partition.context_mask().to(tokens.device)
+            lengths, span, mask = 2 * lengths, span.repeat(2), self.context_mask
         condition = Condition.of_entities(self.condition(labels[:, None], time_ids(t)), lengths)
         return self.network(tokens, condition, span, mask)[:, -self.partition.length :]
 

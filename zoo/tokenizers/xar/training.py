@@ -53,7 +53,7 @@ def flow_loss(
     """
     cut = generator.partition
     data = cut.to_sequence(latents)
-    t = times[:, cut.entity.to(times.device)]  # (B, L)
+    t = times[:, generator.entity]  # (B, L)
     noisy = interpolate(data, noise, t)
     prediction = generator(noisy, labels, times, data if clean_context else None)
     return FlowLoss((prediction - velocity(data, noise)).square().mean(), prediction, noisy)
@@ -136,7 +136,7 @@ class XARTraining(TrainingModule):
         if "moments" in batch:
             views = batch["moments"].float()
             moments = views[torch.arange(len(views), device=self.device), (view * views.shape[1]).long()]
-            return space.config.scale_factor * GaussianPosterior.from_moments(moments).sample(noise)
+            return space.drawn(GaussianPosterior.from_moments(moments), noise)
         if isinstance(space, KLTokenizer):
             return space.scaled_latents(space.config.to_values(batch["image"]), True, noise)
         whole = {"num_tokens": space.info.max_tokens} if space.info.variable_length else {}
