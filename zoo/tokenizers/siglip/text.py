@@ -18,6 +18,33 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
 
+def contradict(text: str, alternatives: Sequence[Sequence[str]], draws: Sequence[float]) -> str | None:
+    """The text with one of its words replaced by another one of the same list, so that it is not true any more.
+
+    Args:
+        text: case is ignored.
+        alternatives: lists of words, or phrases, of which at most one is true where it stands. Those of a list of one
+            are never replaced, and no word in them is.
+        draws: three numbers in [0, 1) that choose the list, the place and the new word.
+
+    Returns None for a text without any such word.
+    """
+    list_of = {word: words for words in alternatives for word in words}
+    longest_first = sorted(list_of, key=len, reverse=True)
+    found = re.finditer(rf"\b({'|'.join(map(re.escape, longest_first))})\b", text, re.IGNORECASE)
+    places = {}
+    for place in found:
+        words = list_of[place[0].lower()]
+        if len(words) > 1:
+            places.setdefault(id(words), []).append((place, words))
+    if not places:
+        return None
+    choose = lambda options, draw: options[int(draw * len(options))]  # noqa: E731
+    place, words = choose(choose(list(places.values()), draws[0]), draws[1])
+    other = choose([word for word in words if word != place[0].lower()], draws[2])
+    return text[: place.start()] + other + text[place.end() :]
+
+
 class WordTokenizer:
     """Ids are places in a vocabulary of words that begins with PAD and UNKNOWN."""
 

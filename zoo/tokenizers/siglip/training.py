@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from zoo.losses.contrastive import sigmoid_loss, sigmoid_loss_over_ranks
 from zoo.metrics.retrieval import Retrieval
 from zoo.tokenizer import Tokenizer
 from zoo.tokenizers.siglip.encoder import SigLIPEncoder
-from zoo.tokenizers.siglip.text import words
+from zoo.tokenizers.siglip.text import contradict, words
 from zoo.training.module import Losses, TrainingModule, batch_size
 
 SIDES = {"left", "right"}
@@ -28,6 +29,9 @@ class SigLIPTraining(TrainingModule):
         encoder: what is trained.
         encoder_weights: a file to start from, for example the published one.
         mirror: half of the images are mirrored where the caption names no side.
+        alternatives: lists of words that exclude each other. Every caption is also read with one of its words replaced
+            by another of the list, and belongs to no image then (NegCLIP's hard negatives, arXiv 2210.01936);
+            without lists there are no such texts.
         others: of TrainingModule.
     """
 
@@ -37,12 +41,14 @@ class SigLIPTraining(TrainingModule):
         encoder: SigLIPEncoder,
         encoder_weights: str | Path | None = None,
         mirror: bool = False,
+        alternatives: Sequence[Sequence[str]] = (),
         **arguments,
     ):
         super().__init__(tokenizer, **arguments)
         if encoder_weights is not None:
             encoder = registry.encoders.with_weights(encoder, encoder_weights).train()
         self.encoder, self.mirror, self.retrieval = encoder, mirror, Retrieval()
+        self.alternatives = [tuple(words) for words in alternatives]
 
     def optimized(self) -> dict[str, nn.Module]:
         return {"encoder": self.encoder}
@@ -52,14 +58,25 @@ class SigLIPTraining(TrainingModule):
 
     def losses(self, batch: dict) -> Losses:
         images, captions = batch["image"], captions_of(batch)
+        draws = self.own_rows(torch.rand(len(images) * self.trainer.world_size, 4, generator=self.shared_generator()))
         if self.mirror:
-            count = len(images) * self.trainer.world_size
-            draws = self.own_rows(torch.rand(count, generator=self.shared_generator()))
-            images = mirrored(images, captions, draws)
-        embeddings = self.encoder(images, self.encoder.text_ids(captions, truncate=True))
+            images = mirrored(images, captions, draws[:, 0])
+        false = self.false_captions(captions, draws[:, 1:]) if self.alternatives else []
+        images, texts = self.encoder(images, self.encoder.text_ids(captions + false, truncate=True))
         scale, bias = self.encoder.logit_scale.exp(), self.encoder.logit_bias
-        loss = sigmoid_loss_over_ranks(*embeddings, scale, bias)
+        negatives = texts[len(captions) :] if false else None
+        loss = sigmoid_loss_over_ranks(images, texts[: len(captions)], scale, bias, negatives)
         yield "encoder", loss, {"loss": loss.detach(), "scale": scale.detach(), "bias": bias.detach()}
+
+    def false_captions(self, captions: list[str], draws: Tensor) -> list[str]:
+        """Each caption with a word replaced, by draws (B, 3) from U[0, 1)."""
+        false = [contradict(caption, self.alternatives, row) for caption, row in zip(captions, draws.tolist(), strict=True)]
+        if None in false:
+            raise ZooError(
+                f"the caption '{captions[false.index(None)]}' has no word of module.alternatives; add one that each "
+                "caption has, or leave the alternatives out."
+            )
+        return false
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """The loss within each batch, since ranks may have unequal ones."""
