@@ -22,10 +22,10 @@ PARTS = ("encoder", "semantic_decoder", "pixel_decoder")
 class Aids(nn.Module):
     """What learns beside the tokenizer and is left behind: the token of hidden patches, and a projector per teacher."""
 
-    def __init__(self, tokenizer: MingTokTokenizer, teachers: dict[str, Teacher]):
+    def __init__(self, tokenizer: MingTokTokenizer, teachers: nn.ModuleDict, masks: bool):
         super().__init__()
         c = tokenizer.config
-        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, c.encoder_width))
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, c.encoder_width)) if masks else None
         widths = {"latent": c.latent_dim, "semantic": c.semantic_width}
         self.projectors = nn.ModuleDict({name: nn.Linear(widths[name], t.width) for name, t in teachers.items()})
 
@@ -36,6 +36,7 @@ class MingTokTraining(AutoencoderTraining):
     Args:
         trained: the parts of the tokenizer that learn in this stage, of "encoder", "semantic_decoder", "pixel_decoder".
         masked_weight: of the error of pixels from an image with patches hidden from the encoder; 0: no such pass.
+        masked_every: that pass takes every n-th image of a batch.
         mask_ratio: share of the patches that are hidden.
         latent_teacher: whose features the latents of patches predict through a linear layer; usually self-supervised.
         semantic_teacher: whose features the semantic features predict through a linear layer; aligned with text.
@@ -51,6 +52,7 @@ class MingTokTraining(AutoencoderTraining):
         tokenizer: MingTokTokenizer,
         trained: Sequence[str] = PARTS,
         masked_weight: float = 1.0,
+        masked_every: int = 1,
         mask_ratio: float = 0.5,
         latent_teacher: Teacher | None = None,
         semantic_teacher: Teacher | None = None,
@@ -73,8 +75,8 @@ class MingTokTraining(AutoencoderTraining):
                     f"{name}_teacher={teacher.name} has {teacher.num_features} features of an image, and "
                     f"{tokenizer.info.name} has {tokenizer.info.max_tokens} latents; choose one whose grid is the same."
                 )
-        self.aids = Aids(tokenizer, self.teachers)
-        self.masked_weight, self.mask_ratio = masked_weight, mask_ratio
+        self.aids = Aids(tokenizer, self.teachers, masks=masked_weight > 0)
+        self.masked_weight, self.masked_every, self.mask_ratio = masked_weight, masked_every, mask_ratio
         self.weights = {"latent": latent_weight, "semantic": semantic_weight}
 
     def optimized(self) -> dict[str, nn.Module]:
@@ -93,8 +95,9 @@ class MingTokTraining(AutoencoderTraining):
         reconstruction = self.tokenizer.pixel_decoder(features)
         terms = {}
         if self.masked_weight:
-            completed = self.complete(values, self.random_mask(len(values), self.shared_generator(self.device)))
-            terms["masked"] = self.masked_weight * self.loss(completed, values)
+            mask = self.random_mask(len(values), self.shared_generator(self.device))
+            some = slice(None, None, self.masked_every)
+            terms["masked"] = self.masked_weight * self.loss(self.complete(values[some], mask[some]), values[some])
         for name, distance in self.distances(values, latents, features).items():
             terms[name] = self.weights[name] * distance
         total = torch.stack([values.new_zeros(()), *terms.values()]).sum()
@@ -144,6 +147,8 @@ class MingTokTraining(AutoencoderTraining):
     @torch.no_grad()
     def pictures(self, batch: dict, count: int) -> Tensor:
         """Also of each image what the encoder saw of it when patches were hidden, and what came of that."""
+        if not self.masked_weight:
+            return super().pictures(batch, count)
         images = batch["image"][:count]
         mask = self.random_mask(len(images), torch.Generator(self.device).manual_seed(self.seed))
         completed = self.tokenizer.to_images(self.complete(self.values(images), mask))
