@@ -11,7 +11,7 @@ from zoo.data import Loader, scenes
 from zoo.metrics.retrieval import Retrieval
 from zoo.tokenizers.siglip.encoder import SCENE_WORDS
 from zoo.tokenizers.siglip.published import from_published, to_published
-from zoo.tokenizers.siglip.text import words
+from zoo.tokenizers.siglip.text import contradict, words
 from zoo.tokenizers.siglip.training import mirrored
 
 SIZES = {"width": 48, "depth": 3, "num_heads": 4, "text_width": 32, "text_depth": 2, "text_heads": 2}
@@ -223,6 +223,33 @@ def test_only_captions_that_name_no_side_are_mirrored():
     captions = ["From left to right, two cubes.", "two cubes", "two cubes", "a cube on the right."]
     changed = mirrored(images, captions, torch.tensor([0.1, 0.1, 0.9, 0.1]))
     assert changed.flatten().tolist() == [0, 1, 3, 2, 4, 5, 6, 7]
+
+
+ALTERNATIVES = [("red", "blue", "green"), ("pale blue",), ("two", "three"), ("cube", "ring")]
+CAPTION = "Two objects on a pale blue floor: a red cube and a Red ring."
+
+
+@pytest.mark.parametrize(
+    ("draws", "old", "new"),
+    [
+        ((0.0, 0.9, 0.9), "Two objects", "three objects"),
+        ((0.4, 0.0, 0.0), "a red cube", "a blue cube"),
+        ((0.4, 0.9, 0.9), "a Red ring", "a green ring"),
+        ((0.9, 0.9, 0.9), "Red ring", "Red cube"),
+    ],
+)
+def test_a_false_caption_has_one_word_replaced_by_another_of_its_list(draws, old, new):
+    assert contradict(CAPTION, ALTERNATIVES, draws) == CAPTION.replace(old, new)
+
+
+def test_words_without_an_alternative_are_left_alone():
+    assert contradict("A ring on a pale blue floor.", [("red", "blue"), ("pale blue",)], (0.0, 0.0, 0.0)) is None
+
+
+def test_a_caption_that_cannot_be_made_false_is_named(encoder):
+    module = instantiate(cli.compose("train", ["experiment=siglip-tiny"]).module, tokenizer=None)
+    with pytest.raises(ZooError, match=r"'Nothing at all.' has no word of module\.alternatives"):
+        module.false_captions(["two cubes", "Nothing at all."], torch.zeros(2, 3))
 
 
 SMALL = [

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -24,25 +23,25 @@ from torch import Tensor
 
 import zoo
 from zoo.data import Loader, scenes
-from zoo.data.labels import COLOR_NAMES, dominant_color
-from zoo.data.render import MATERIALS, SHAPES, SIZES
+from zoo.data.labels import ATTRIBUTES, COLOR_NAMES, dominant_color
+from zoo.data.render import MATERIALS, NUMBERS, ROOM_COLORS, SHAPES
+from zoo.metrics.probe import probe_classes
 from zoo.metrics.retrieval import Retrieval
 from zoo.tokenizers.siglip.encoder import SigLIPEncoder
-from zoo.tokenizers.siglip.text import words
+from zoo.tokenizers.siglip.text import contradict, words
 from zoo.tokenizers.siglip.training import SIDES
 
 BATCH = 128
 KS = (1, 5)
-ATTRIBUTES = {"color": COLOR_NAMES, "material": MATERIALS, "shape": SHAPES, "size": tuple(SIZES)}
+FLOORS = [[name] for name in ROOM_COLORS]
+"""Lists of one: words of rooms are left alone, as "blue" in "a pale blue floor"."""
 
 
 def read(split: str, image_size: int) -> dict:
     """All scenes of a split as one batch."""
     fields = ["image", "caption", "objects", "count", "floor"]
-    batches = list(Loader(scenes(split), batch_size=BATCH, fields=fields, image_size=image_size))
-    lists = {name: [value for batch in batches for value in batch[name]] for name in fields[1:3] + fields[4:]}
-    counts = torch.cat([torch.as_tensor(batch["count"]) for batch in batches])
-    return lists | {"image": torch.cat([batch["image"] for batch in batches]), "count": counts}
+    batch = next(iter(Loader(scenes(split), batch_size=1 << 20, fields=fields, image_size=image_size)))
+    return batch | {"count": torch.as_tensor(batch["count"])}
 
 
 def retrieval(encoder: SigLIPEncoder, batch: dict) -> dict[str, float]:
@@ -60,28 +59,18 @@ def recall_of_one_who_knows(facts: list, k: int) -> float:
     return sum(min(1, k / sizes[fact]) for fact in facts) / len(facts)
 
 
-def changed(caption: str, choices: tuple[str, ...], draws: random.Random) -> str | None:
-    """The caption with one of its words among the choices replaced by another; None without such a word.
-
-    Floors and walls are left alone ("pale blue").
-    """
-    places = list(re.finditer(rf"(?<!pale )\b({'|'.join(choices)})\b", caption))
-    if not places:
-        return None
-    place = draws.choice(places)
-    return caption[: place.start()] + draws.choice([c for c in choices if c != place[0]]) + caption[place.end() :]
-
-
 def minds_words(encoder: SigLIPEncoder, batch: dict, choices: tuple[str, ...]) -> dict[str, float]:
     """How often the true caption is nearer to its picture than one with a word changed.
 
     Control: the same to the picture of another scene, 0.5 where the text alone does not betray the change.
     """
     draws = random.Random(0)
-    pairs = [(i, changed(caption, choices, draws)) for i, caption in enumerate(batch["caption"])]
-    kept = [i for i, text in pairs if text]
+    false = [
+        contradict(caption, [choices, *FLOORS], [draws.random() for _ in range(3)]) for caption in batch["caption"]
+    ]
+    kept = [i for i, text in enumerate(false) if text]
     true = encoder.encode_text([batch["caption"][i] for i in kept])
-    gap = true - encoder.encode_text([text for _, text in pairs if text])
+    gap = true - encoder.encode_text([false[i] for i in kept])
     images = embed(encoder, batch["image"])
     return {
         "own picture": share((images[kept] * gap).sum(1) > 0),
@@ -115,14 +104,6 @@ def embed(encoder: SigLIPEncoder, images: Tensor) -> Tensor:
 
 def mean_features(encoder: SigLIPEncoder, images: Tensor) -> Tensor:
     return torch.cat([encoder.features(one).mean(1) for one in images.split(BATCH)])
-
-
-def probe(train: Tensor, labels: Tensor, test: Tensor, ridge: float = 1e-2) -> Tensor:
-    """Classes of test rows by ridge regression on one-hot labels; features are standardised, a constant is added."""
-    mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
-    x, rows = (F.pad((one - mean) / std, (0, 1), value=1.0).double() for one in (train, test))
-    gram = x.T @ x / len(x) + ridge * torch.eye(x.shape[1], dtype=x.dtype)
-    return (rows @ torch.linalg.solve(gram, x.T @ F.one_hot(labels).double() / len(x))).argmax(1)
 
 
 def share(right: Tensor) -> float:
@@ -165,7 +146,8 @@ def count_table(encoder: SigLIPEncoder, untrained: SigLIPEncoder, train: dict, v
         "mean colour": lambda images: images.mean((2, 3)),
     }
     guesses = {
-        name: probe(view(train["image"]), train["count"] - 1, view(val["image"])) + 1 for name, view in views.items()
+        name: probe_classes(view(train["image"]), train["count"] - 1, view(val["image"])) + 1
+        for name, view in views.items()
     } | {"always the most frequent": train["count"].mode().values}
     return {name: {"accuracy": share(guess == val["count"])} for name, guess in guesses.items()}
 
@@ -184,7 +166,7 @@ def main() -> None:
     tables = {
         "retrieval": retrieval_table(encoder, untrained, train, val),
         "true caption before one with a word changed": {
-            name: minds_words(encoder, val, choices) for name, choices in ATTRIBUTES.items()
+            name: minds_words(encoder, val, choices) for name, choices in (ATTRIBUTES | {"number": NUMBERS[1:]}).items()
         }
         | {"left and right (mirrored picture)": minds_sides(encoder, val)},
         "colour of the largest, named by texts": color_table(encoder, untrained, val),

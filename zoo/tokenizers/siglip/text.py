@@ -25,22 +25,21 @@ def contradict(text: str, alternatives: Sequence[Sequence[str]], draws: Sequence
         text: case is ignored.
         alternatives: lists of words, or phrases, of which at most one is true where it stands. Those of a list of one
             are never replaced, and no word in them is.
-        draws: three numbers in [0, 1) that choose the list, the place and the new word.
+        draws: three numbers in [0, 1) that choose the list (in the order of the text), the place and the new word.
 
     Returns None for a text without any such word.
     """
-    list_of = {word: words for words in alternatives for word in words}
-    longest_first = sorted(list_of, key=len, reverse=True)
-    found = re.finditer(rf"\b({'|'.join(map(re.escape, longest_first))})\b", text, re.IGNORECASE)
-    places = {}
-    for place in found:
-        words = list_of[place[0].lower()]
-        if len(words) > 1:
-            places.setdefault(id(words), []).append((place, words))
+    list_of = {word: tuple(words) for words in alternatives for word in words}
+    longest_first = "|".join(map(re.escape, sorted(list_of, key=len, reverse=True)))
+    places: dict[tuple[str, ...], list[re.Match]] = {}
+    for place in re.finditer(rf"\b({longest_first})\b", text, re.IGNORECASE):
+        if len(words := list_of[place[0].lower()]) > 1:
+            places.setdefault(words, []).append(place)
     if not places:
         return None
     choose = lambda options, draw: options[int(draw * len(options))]  # noqa: E731
-    place, words = choose(choose(list(places.values()), draws[0]), draws[1])
+    words = choose(list(places), draws[0])
+    place = choose(places[words], draws[1])
     other = choose([word for word in words if word != place[0].lower()], draws[2])
     return text[: place.start()] + other + text[place.end() :]
 

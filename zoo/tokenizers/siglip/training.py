@@ -70,7 +70,9 @@ class SigLIPTraining(TrainingModule):
 
     def false_captions(self, captions: list[str], draws: Tensor) -> list[str]:
         """Each caption with a word replaced, by draws (B, 3) from U[0, 1)."""
-        false = [contradict(caption, self.alternatives, row) for caption, row in zip(captions, draws.tolist(), strict=True)]
+        false = [
+            contradict(caption, self.alternatives, row) for caption, row in zip(captions, draws.tolist(), strict=True)
+        ]
         if None in false:
             raise ZooError(
                 f"the caption '{captions[false.index(None)]}' has no word of module.alternatives; add one that each "

@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from zoo.metrics.probe import linear_probe, probe_classes
+
+DRAWN = torch.Generator().manual_seed(0)
+
+
+def draw(*shape):
+    return torch.randn(shape, generator=DRAWN, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("width", [5, 60])
+def test_it_is_ridge_regression_with_fewer_or_more_features_than_rows(width):
+    train, test, targets = draw(40, width) * 3 + 1, draw(7, width), draw(40, 2) + 4
+    x, rows = (((one - train.mean(0)) / train.std(0)) for one in (train, test))
+    # a constant that is not penalised, and rows that pull the weights to zero
+    penalty = 0.1 * x.square().mean() * 40
+    left = torch.cat(
+        [torch.cat([x, torch.ones(40, 1)], 1), torch.cat([penalty.sqrt() * torch.eye(width), torch.zeros(width, 1)], 1)]
+    )
+    right = torch.cat([targets, torch.zeros(width, 2)])
+    weights = torch.linalg.lstsq(left, right).solution
+    torch.testing.assert_close(linear_probe(train, targets, test, [0.1]), rows @ weights[:-1] + weights[-1])
+
+
+def test_the_penalty_is_the_one_that_does_best_on_rows_that_were_held_out():
+    train, test = draw(400, 300), draw(30, 300)
+    noise = draw(400, 1)
+    torch.testing.assert_close(linear_probe(train, noise, test), linear_probe(train, noise, test, [10.0]))
+    linear = train[:, :1] * 2
+    torch.testing.assert_close(linear_probe(train, linear, test), linear_probe(train, linear, test, [1e-3]))
+
+
+def test_classes_that_a_plane_tells_apart_are_found():
+    labels = torch.arange(90) % 3
+    features = torch.eye(3)[labels] @ torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    features = features + 0.01 * torch.randn(90, 4, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(probe_classes(features[:60], labels[:60], features[60:]), labels[60:])
+
+
+def test_a_feature_that_never_varies_does_no_harm():
+    train, test = (
+        torch.cat([draw(20, 3), torch.full((20, 1), 7.0)], 1),
+        torch.cat([draw(4, 3), torch.full((4, 1), 7.0)], 1),
+    )
+    assert linear_probe(train, train[:, :1], test).isfinite().all()

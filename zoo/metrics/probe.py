@@ -1,0 +1,50 @@
+"""What can be read off features by a linear map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Shares of the mean variance of a feature that are tried as the penalty of a probe."""
+
+
+def linear_probe(train: Tensor, targets: Tensor, test: Tensor, ridges: Sequence[float] = RIDGES) -> Tensor:
+    """Scores (M, K) of test rows (M, D) by ridge regression from train rows (N, D) to targets (N, K).
+
+    Features are standardised and a constant is added. The penalty is the one of the ridges that errs least on the last
+    fifth of the training rows when it is fitted on the others; the probe is then fitted on all. For classes, targets
+    are one-hot and the highest score is the guess.
+    """
+    mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
+    train, test = (train - mean) / std, (test - mean) / std
+    targets = targets.double()
+    part = len(train) - max(len(train) // 5, 1)
+    errors = [
+        (scores - targets[part:]).square().mean().item()
+        for scores in _fits(train[:part], targets[:part], train[part:], ridges)
+    ]
+    best = ridges[errors.index(min(errors))]
+    return next(_fits(train, targets, test, [best]))
+
+
+def _fits(train: Tensor, targets: Tensor, test: Tensor, ridges: Sequence[float]) -> Iterator[Tensor]:
+    """Scores for each of the ridges, from the smaller one of the products of features and of rows."""
+    center, offset = train.mean(0), targets.mean(0)
+    train, test, targets = train - center, test - center, targets - offset
+    rows_are_fewer = len(train) < train.shape[1]
+    gram = (train @ train.T if rows_are_fewer else train.T @ train).double()
+    scale = train.square().mean().double() * len(train)  # of the mean variance of a feature
+    across = (test @ train.T if rows_are_fewer else test).double()
+    right = targets if rows_are_fewer else train.T.double() @ targets
+    for ridge in ridges:
+        penalty = ridge * scale * torch.eye(len(gram), dtype=gram.dtype)
+        yield across @ torch.linalg.solve(gram + penalty, right) + offset
+
+
+def probe_classes(train: Tensor, labels: Tensor, test: Tensor) -> Tensor:
+    """Classes (M,) of test rows (M, D) by a linear probe on train rows (N, D) with labels (N,) 0, 1, ..."""
+    return linear_probe(train, F.one_hot(labels), test).argmax(1)
