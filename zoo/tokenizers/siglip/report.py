@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 import zoo
-from zoo.data import Loader, scenes
+from zoo.data import read_all, scenes
 from zoo.data.labels import ATTRIBUTES, COLOR_NAMES, dominant_color
 from zoo.data.render import MATERIALS, NUMBERS, ROOM_COLORS, SHAPES
 from zoo.metrics.probe import probe_classes
@@ -35,13 +35,6 @@ BATCH = 128
 KS = (1, 5)
 FLOORS = [[name] for name in ROOM_COLORS]
 """Lists of one: words of rooms are left alone, as "blue" in "a pale blue floor"."""
-
-
-def read(split: str, image_size: int) -> dict:
-    """All scenes of a split as one batch."""
-    fields = ["image", "caption", "objects", "count", "floor"]
-    batch = next(iter(Loader(scenes(split), batch_size=1 << 20, fields=fields, image_size=image_size)))
-    return batch | {"count": torch.as_tensor(batch["count"])}
 
 
 def retrieval(encoder: SigLIPEncoder, batch: dict) -> dict[str, float]:
@@ -161,7 +154,8 @@ def main() -> None:
     encoder = zoo.load_encoder(args.name, args.weights)
     torch.manual_seed(0)
     untrained = type(encoder)(encoder.config).eval()
-    train, val = (read(split, encoder.config.image_size) for split in ("train", "val"))
+    fields = ["image", "caption", "objects", "count", "floor"]
+    train, val = (read_all(scenes(split), fields, image_size=encoder.config.image_size) for split in ("train", "val"))
 
     tables = {
         "retrieval": retrieval_table(encoder, untrained, train, val),
