@@ -377,6 +377,18 @@ class TrainingBatches(Batches):
                 raise ZooError(f"no samples in {urls[0]}" + f" and {len(urls) - 1} more streams" * (len(urls) > 1))
 
 
+def read_all(sources, fields: Sequence[str], image_size: int | None = None) -> dict:
+    """Every sample of some sources as one batch; numbers become tensors as well."""
+    batches = list(Loader(sources, batch_size=64, fields=fields, image_size=image_size))
+    whole = {}
+    for name, first in batches[0].items():
+        parts = [batch[name] for batch in batches]
+        whole[name] = torch.cat(parts) if isinstance(first, torch.Tensor) else [one for part in parts for one in part]
+        if isinstance(whole[name][0], (int, float)):
+            whole[name] = torch.tensor(whole[name])
+    return whole
+
+
 class _Numbers(DistributedSampler):
     """The batch numbers from `start` on. A DistributedSampler by name, so that Lightning leaves it in its place."""
 

@@ -65,6 +65,8 @@ class MingTokTraining(AutoencoderTraining):
             raise ZooError(f"trained must be some of {', '.join(PARTS)}, got {list(trained)}.")
         if not 0 < mask_ratio < 1:
             raise ZooError(f"mask_ratio must be between 0 and 1, got {mask_ratio}.")
+        if masked_every < 1:
+            raise ZooError(f"masked_every must be at least 1, got {masked_every}.")
         for part in PARTS:
             getattr(tokenizer, part).requires_grad_(part in trained)
         given = {"latent": latent_teacher, "semantic": semantic_teacher}
