@@ -10,10 +10,10 @@ change the time.
 """
 
 import argparse
-import time
 from collections.abc import Callable
 
 import torch
+from _timing import best_of
 from rich.console import Console
 from rich.table import Table
 
@@ -21,17 +21,6 @@ import zoo
 from zoo.tokenizers.karl.tokenizer import gather_live, halting_mask
 
 COUNTS = (32, 64, 96, 128, 160, 192, 224, 256)
-
-
-def best_of(rounds: int, contenders: dict[str, Callable]) -> dict[str, float]:
-    """Seconds of each, by name."""
-    best = dict.fromkeys(contenders, float("inf"))
-    for _ in range(rounds):
-        for name, call in contenders.items():
-            begin = time.perf_counter()
-            call()
-            best[name] = min(best[name], time.perf_counter() - begin)
-    return best
 
 
 @torch.inference_mode()
@@ -60,7 +49,7 @@ def main() -> None:
             carried = x
 
     def rows(counts, make):
-        return {n: best_of(args.rounds, make(n)) for n in counts}
+        return {n: best_of(args.rounds, make(n))[0] for n in counts}
 
     title = f"{args.name}, batch 1, {args.threads} thread(s), best of {args.rounds}"
     console = Console(width=100)

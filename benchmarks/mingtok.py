@@ -9,11 +9,10 @@ the tables have the best of the rounds; --depth is the number of blocks of each 
 """
 
 import argparse
-import time
-from collections.abc import Callable
 from functools import partial
 
 import torch
+from _timing import best_of
 from rich.console import Console
 from rich.table import Table
 from timm.layers import SwiGLUPacked
@@ -46,17 +45,6 @@ def run(blocks: nn.ModuleList, x: Tensor, is_causal: bool) -> Tensor:
     for block in blocks:
         x = block(x, is_causal=is_causal)
     return x
-
-
-def best_of(rounds: int, contenders: dict[str, Callable]) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Seconds and results of each, by name."""
-    best, results = dict.fromkeys(contenders, float("inf")), {}
-    for _ in range(rounds):
-        for name, call in contenders.items():
-            begin = time.perf_counter()
-            results[name] = call()
-            best[name] = min(best[name], time.perf_counter() - begin)
-    return best, results
 
 
 @torch.inference_mode()

@@ -11,10 +11,10 @@ The ids of zoo and peer are compared.
 import argparse
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
+from _timing import best_of
 from rich.console import Console
 from rich.table import Table
 from vector_quantize_pytorch import VectorQuantize
@@ -72,14 +72,9 @@ def main() -> None:
     table = Table("N, K, D", "", "ms", "/ bare product", "/ peer", "extra MiB", title=f"{args.threads} thread(s)")
     for size in SIZES:
         contenders = make(size)
-        best = dict.fromkeys(NAMES, float("inf"))
-        for _ in range(args.rounds if size[1] < 2**16 else args.large_rounds):
-            for name, call in contenders.items():
-                begin = time.perf_counter()
-                found = call()
-                best[name] = min(best[name], time.perf_counter() - begin)
-                if name == "zoo":
-                    ids = found
+        rounds = args.rounds if size[1] < 2**16 else args.large_rounds
+        best, results = best_of(rounds, contenders)
+        ids, found = results["zoo"], results[NAMES[2]]
         agree = (found == ids).double().mean().item()
         for name in NAMES:
             table.add_row(

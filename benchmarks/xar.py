@@ -9,11 +9,10 @@ each. All with random weights; (a) and (b) must give the same latents.
 """
 
 import argparse
-import time
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from _timing import best_of
 from einops import rearrange
 from rich.console import Console
 from rich.table import Table
@@ -141,16 +140,6 @@ def dit(generator: XARGenerator, labels, steps, scale):
         return x
 
     return sample, sum(p.numel() for p in model.parameters())
-
-
-def best_of(rounds: int, contenders: dict[str, Callable]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    best, results = dict.fromkeys(contenders, float("inf")), {}
-    for _ in range(rounds):
-        for name, call in contenders.items():
-            begin = time.perf_counter()
-            results[name] = call()
-            best[name] = min(best[name], time.perf_counter() - begin)
-    return best, results
 
 
 @torch.inference_mode()

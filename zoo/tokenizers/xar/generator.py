@@ -16,6 +16,7 @@ from zoo.errors import ZooError
 from zoo.flow import euler, euler_maruyama, guide, heun, linear_scale
 from zoo.nn.autoencoder import to_tokens
 from zoo.nn.cache import Cache
+from zoo.nn.embedding import TimeEmbedding
 from zoo.nn.rotary import grid_angles, rotate, turns
 from zoo.tokenizer import Preset, Tokenizer, Tokens, Weights
 from zoo.tokenizers.xar.entities import partition
@@ -185,22 +186,6 @@ class Block(nn.Module):
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x (1 + scale) + shift."""
     return torch.addcmul(shift, x, 1 + scale)
-
-
-class TimeEmbedding(nn.Module):
-    """Sinusoids of an integer time id, then two layers."""
-
-    def __init__(self, width: int, frequencies: int = 256):
-        super().__init__()
-        self.frequencies = frequencies
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """(...) int64 to (..., D)."""
-        half = self.frequencies // 2
-        rates = torch.exp(-torch.log(torch.tensor(10_000.0)) * torch.arange(half) / half).to(ids.device)
-        angles = ids[..., None].float() * rates
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
 
 
 def time_ids(t: Tensor) -> Tensor:
