@@ -58,7 +58,7 @@ def generate_image(
     """
     tokenizer, head, count = model.vision.tokenizer, model.vision.head, len(prompts)
     texts = _check(model, prompts, images, generator)
-    seen = None if images is None else model.vision.inputs(images)[0]
+    seen = None if images is None else model.vision.inputs(tokenizer.check_images(images))[0]
     given = () if seen is None else (seen.shape[1],)
     # what each row of guidance reads, in the order of FlowHead.sample
     kinds = [[(*given, text) for text in texts]]
@@ -68,6 +68,7 @@ def generate_image(
             kinds.append([given] * count)
     begin = torch.tensor([model.vocabulary.id_of(IMAGE.begin)])
     ids, live = model.pad([torch.cat([model.join(*row), begin]) for kind in kinds for row in kind], "left")
+    ids, live = ids.to(model.lm.device), live.to(model.lm.device)
     length = tokenizer.info.max_tokens
     if ids.shape[1] + length > model.context:
         raise ZooError(
@@ -106,17 +107,17 @@ def generate_text(model: VisualLM, images: Tensor, prompt: str = "", max_new_tok
 
     Raises ZooError where image, prompt and max_new_tokens do not fit into the context.
     """
-    inputs = model.vision.inputs(images)[0]
+    inputs = model.vision.inputs(model.vision.tokenizer.check_images(images))[0]
     row = model.join(inputs.shape[1], model.text_ids(prompt))
     if len(row) + max_new_tokens > model.context:
         raise ZooError(
             f"image and prompt of {len(row)} positions and max_new_tokens {max_new_tokens} are longer than the context "
             f"of {model.context}; shorten the prompt, or ask for fewer."
         )
-    ids, live = model.pad([row] * len(images), "left")
+    ids = row.expand(len(images), -1).to(model.lm.device)
     written = model.lm.generate(
         inputs_embeds=model.embed(ids, inputs),
-        attention_mask=live.long(),
+        attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
         eos_token_id=model.words.eos_token_id,
         pad_token_id=model.words.eos_token_id,

@@ -58,9 +58,14 @@ class FlowVision(nn.Module):
                 )
 
     def inputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) in [0, 1] to what the model reads for them (B, N, hidden_size), and writes (B, N, C)."""
-        tokens = self.tokenizer.encode(images)
-        return self.head.project(self.tokenizer.features_of(tokens)), tokens.latents["image"]
+        """Images (B, 3, H, W) in [0, 1] to what the model reads for them (B, N, hidden_size), and writes (B, N, C).
+
+        Unchecked, since checks would wait for the device in each training step; see tokenizer.check_images.
+        """
+        with torch.no_grad():
+            latents = self.tokenizer.encoder(self.tokenizer.to_values(images))[:, :-1]
+            features = self.tokenizer.semantic_decoder(latents)
+        return self.head.project(features), self.tokenizer.normalize(latents)
 
     def loss(self, hidden: Tensor, targets: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Errors (n,) of the targets (n, C) after the hidden states (n, hidden_size), see FlowHead.loss."""
@@ -156,10 +161,11 @@ class VisualLM(nn.Module):
         return self.vocabulary.join([image(piece) if isinstance(piece, int) else piece for piece in pieces])
 
     def pad(self, sequences: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
-        """Ids (B, T) of sequences of different lengths, filled at their "left" or "right", and which are live."""
+        """Ids (B, T) of sequences of different lengths, filled at their "left" or "right", and which are live; both on
+        the CPU."""
         live = [torch.ones_like(ids, dtype=torch.bool) for ids in sequences]
         ids = pad_sequence(sequences, True, self.words.eos_token_id, side)
-        return ids.to(self.lm.device), pad_sequence(live, True, False, side).to(self.lm.device)
+        return ids, pad_sequence(live, True, False, side)
 
     def embed(self, ids: Tensor, images: Tensor | None = None) -> Tensor:
         """Inputs (B, T, hidden_size) for ids: embedded words and, at the patches, the images (n, N, hidden_size), as
@@ -203,8 +209,8 @@ class VisualLM(nn.Module):
         Args:
             texts: B.
             images: (B, 3, H, W) in [0, 1].
-            to_image: (B,) bool, True: text to image; False: image to text.
-            dropped: (B,) bool: without the text, for guidance, where it leads to an image.
+            to_image: (B,) bool on the CPU, True: text to image; False: image to text.
+            dropped: (B,) bool on the CPU: without the text, for guidance, where it leads to an image.
             t: (B, N) times in [0, 1].
             noise: (B, N, C) standard normal.
 
@@ -223,14 +229,17 @@ class VisualLM(nn.Module):
             sequences.append(self.join(before, count, after))
         ids, live = self.pad(sequences, "right")
 
-        following, to_image = ids[:, 1:], to_image.to(ids.device)
+        # what is learned where is known on the CPU: a training step never waits for the device
+        following = ids[:, 1:]
         words = (following < self.vocabulary.text_size) & live[:, 1:] & ~to_image[:, None]
         patches = (following == self.vocabulary.id_of(IMAGE.word)) & to_image[:, None]
         keep = words.any(0).nonzero()[:, 0]
-        output = self.run(self.embed(ids, inputs), live, keep)
-        text_loss = F.cross_entropy(output.logits[words[:, keep]].float(), following[words], reduction="none")
-        targets = (latents[to_image].flatten(0, 1), t[to_image].flatten(), noise[to_image].flatten(0, 1))
-        return text_loss, self.vision.loss(output.hidden_states[-1][:, :-1][patches], *targets)
+        place = lambda chosen: tuple(index.to(inputs.device) for index in chosen.nonzero(as_tuple=True))  # noqa: E731
+        output = self.run(self.embed(ids.to(inputs.device), inputs), live.to(inputs.device), keep.to(inputs.device))
+        logits, hidden = output.logits[place(words[:, keep])], output.hidden_states[-1][place(patches)]
+        text_loss = F.cross_entropy(logits.float(), following[words].to(inputs.device), reduction="none")
+        targets = (one[place(to_image)].flatten(0, 1) for one in (latents, t, noise))
+        return text_loss, self.vision.loss(hidden, *targets)
 
     # Files
 

@@ -78,9 +78,11 @@ class VisualLMTraining(TrainingModule):
         return self
 
     def losses(self, batch: dict) -> Losses:
-        draws, count = self.shared_generator(self.device), batch_size(batch) * self.trainer.world_size
-        to_image = torch.randperm(count, device=self.device, generator=draws) < round(self.image_share * count)
-        dropped = torch.rand(count, device=self.device, generator=draws) < self.condition_dropout
+        directions, count = self.shared_generator(), batch_size(batch) * self.trainer.world_size
+        to_image = torch.randperm(count, generator=directions) < round(self.image_share * count)
+        dropped = torch.rand(count, generator=directions) < self.condition_dropout
+        seed = int(torch.randint(2**62, (), generator=directions))
+        draws = torch.Generator(self.device).manual_seed(seed)  # of times and noise
         text, flow = self.pair_losses(batch, self.own_rows(to_image), self.own_rows(dropped), draws)
         sums = torch.stack([text.sum(), flow.sum()])
         all_sums, counts = sum_over_ranks(sums, sums.new_tensor([len(text), len(flow)]))
@@ -93,7 +95,7 @@ class VisualLMTraining(TrainingModule):
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Both losses, each of all pairs and without dropout, at times and noise that are the same in every run."""
         draws, count = torch.Generator(self.device).manual_seed(batch_idx), batch_size(batch)
-        never = torch.zeros(count, dtype=torch.bool, device=self.device)
+        never = torch.zeros(count, dtype=torch.bool)
         text, _ = self.pair_losses(batch, never, never, draws)
         _, flow = self.pair_losses(batch, ~never, never, draws)
         loss = self.text_weight * text.mean() + self.flow_weight * flow.mean()
