@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from PIL import Image
 
 import zoo
-from zoo import ZooError, registry
+from zoo import registry
 from zoo.commands import cli
 from zoo.data import Loader, scenes
 
@@ -40,7 +42,8 @@ def trained(tmp_path_factory, train_on):
     train_on(1, folder / "1", "mingtok-tiny-1", *SMALL)
     start = [f"weights={folder}/1/tokenizer.safetensors", *SMALL]
     logs = [train_on(n, folder / f"2-{n}", "mingtok-tiny-2", *start, *SGD) for n in (1, 2)]
-    train_on(1, folder / "3", "mingtok-tiny-3", f"weights={folder}/2-1/tokenizer.safetensors", *SMALL)
+    exact = "callbacks.ema.decay=0.0"  # an average of equal weights is rounded
+    train_on(1, folder / "3", "mingtok-tiny-3", f"weights={folder}/2-1/tokenizer.safetensors", exact, *SMALL)
     return folder, logs
 
 
@@ -77,10 +80,8 @@ def test_the_statistics_of_latents_are_measured_and_stored(trained):
 
 
 def test_pictures_show_what_was_hidden_and_what_came_of_it(trained, batch):
-    from torchvision.io import decode_image
-
     folder, _ = trained
-    rows = [decode_image(next((folder / stage / "pictures").glob("*.png"))).shape[1] // 66 for stage in ("1", "3")]
+    rows = [Image.open(next((folder / stage / "pictures").glob("*.png"))).height // 66 for stage in ("1", "3")]
     assert rows == [5, 3]
     made = module(1)
     pictures = made.pictures(batch, 2)
@@ -141,7 +142,7 @@ def test_a_discriminator_and_its_weight_stand_on_the_last_layer(batch):
     ],
 )
 def test_what_does_not_fit_is_said_in_one_sentence(stage, override, complaint):
-    with pytest.raises(ZooError, match=complaint):
+    with pytest.raises(InstantiationException, match=complaint):
         module(stage, override)
 
 
