@@ -228,6 +228,14 @@ class ImageReader(nn.Module):
         if multiple and (height % multiple or width % multiple):
             raise ZooError(f"{want} whose sides are multiples of {multiple}, got {height} x {width}; resize or crop.")
 
+    @torch.no_grad()
+    def features(self, images: Tensor, **settings) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] to features (B, N, D) for understanding, where the system has them."""
+        return self._features(self.check_images(images), **settings)
+
+    def _features(self, images: Tensor) -> Tensor:
+        raise ZooError(f"{self.info.name} has no features for understanding; it encodes and decodes only.")
+
     def extra_repr(self) -> str:
         return f"name={self.info.name!r}"
 
@@ -255,19 +263,11 @@ class Tokenizer(ImageReader):
         """decode(encode(images, **settings))."""
         return self.decode(self.encode(images, **settings))
 
-    @torch.no_grad()
-    def features(self, images: Tensor, **settings) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] to features (B, N, D) for understanding, where the system has them."""
-        return self._features(self.check_images(images), **settings)
-
     def _encode(self, images: Tensor) -> Tokens:
         raise NotImplementedError
 
     def _decode(self, tokens: Tokens) -> Tensor:
         raise NotImplementedError
-
-    def _features(self, images: Tensor) -> Tensor:
-        raise ZooError(f"{self.info.name} has no features for understanding; it encodes and decodes only.")
 
     def check_tokens(self, tokens: Tokens) -> Tokens:
         """The tokens on the tokenizer's device; ZooError when a stream is missing or does not fit."""

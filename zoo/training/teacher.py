@@ -61,7 +61,8 @@ class Teacher(nn.Module):
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
         if not self.name.startswith("timm/"):
-            return self.model.features(images, **({} if self.layer is None else {"layer": self.layer}))
+            # without the checks of `features`, which would wait for the device in each training step
+            return self.model._features(images, **({} if self.layer is None else {"layer": self.layer}))
         images = (images - self.mean) / self.std
         if self.layer is None:
             return self.model.forward_features(images)[:, self.model.num_prefix_tokens :]

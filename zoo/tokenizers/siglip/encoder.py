@@ -86,7 +86,8 @@ class SigLIPEncoder(ImageReader):
     """Embeds images (B, 3, H, W) in [0, 1] and texts into one space, and gives features of every layer.
 
     `encode_image`, `encode_text`, `features` and `similarity` are the public, checked and gradient-free side; training
-    goes through forward, and systems that tap or replace features through the towers.
+    goes through forward, and systems that tap or replace features through the towers. `features(images)` are those of
+    the last layer after the post norm, `features(images, layer=i)` those of layer i as they are, 0 the patches.
     """
 
     Config = SigLIPConfig
@@ -141,17 +142,16 @@ class SigLIPEncoder(ImageReader):
         """`logits` (B, K) of images (B, 3, H, W) in [0, 1] and K texts."""
         return self.logits(self.encode_image(images), self.encode_text(texts))
 
-    @torch.no_grad()
-    def features(self, images: Tensor, layer: int | None = None) -> Tensor:
+    def _features(self, images: Tensor, layer: int | None = None) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to patch features (B, N, D).
 
         layer: None for the last layer's after the post norm, which are what is pooled; 0..depth for the output of that
-        layer as it is, 0 being the embedded patches. Raises ZooError for other layers and images.
+        layer as it is, 0 being the embedded patches. Raises ZooError for other layers.
         """
         tower, depth = self.vision, self.config.depth
         if layer is not None and not (type(layer) is int and 0 <= layer <= depth):
             raise ZooError(f"{self.info.name} has features of layers 0..{depth}, or of None, got {layer!r}.")
-        h = tower.layers(tower.embed(to_values(self.check_images(images))), stop=layer)
+        h = tower.layers(tower.embed(to_values(images)), stop=layer)
         return tower.norm(h) if layer is None else h
 
     def text_ids(self, texts: Sequence[str], truncate: bool = False) -> Tensor:
