@@ -159,3 +159,11 @@ def test_wrong_commands_are_one_line_and_exit_code_2(command, complaint):
     assert done.returncode == 2
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("experiment", ["karl-finetune-tiny", "mingtok-tiny-2", "mingtok-tiny-3"])
+def test_a_later_stage_does_not_start_without_the_weights_of_the_one_before(tmp_path, experiment):
+    from zoo.commands.train import train
+
+    with pytest.raises(zoo.ZooError, match="goes on from an earlier one; add weights="):
+        train(cli.compose("train", [f"experiment={experiment}", f"output_dir={tmp_path}/run"]))

@@ -39,6 +39,11 @@ def train(cfg: DictConfig) -> L.Trainer:
         warnings.filterwarnings("ignore", f".*{message}")
     L.seed_everything(cfg.seed, verbose=False)
     tokenizer = instantiate(cfg.get("tokenizer"))  # an encoder needs none
+    if cfg.needs_weights and cfg.weights is None and not resume_from:
+        raise ZooError(
+            "this experiment goes on from an earlier one; add weights=path/to/its/tokenizer.safetensors, or "
+            "needs_weights=false to start from nothing."
+        )
     if cfg.weights is not None:
         if tokenizer is None:
             raise ZooError(
