@@ -15,8 +15,8 @@ def sigmoid_loss(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, fir
     -1/B sum_ij log sigmoid(z_ij (scale x_i . y_j + bias)), z_ij = 1 where image and text belong together, else -1.
 
     images (B, D) and texts (K, D), L2-normalised; text first + i is that of image i, and others belong to none of these
-    images; scale > 0. At least float32
-    whatever the autocast: the logits of pairs that do not belong together are large, and what they differ by is small.
+    images; scale > 0. At least float32 whatever the autocast: the logits of pairs that do not belong together are
+    large, and what they differ by is small.
     """
     with torch.autocast(images.device.type, enabled=False):
         images, texts = (one.to(torch.promote_types(one.dtype, torch.float32)) for one in (images, texts))

@@ -102,8 +102,7 @@ class MingTokTraining(AutoencoderTraining):
             terms["masked"] = self.masked_weight * self.loss(self.complete(values[some], mask[some]), values[some])
         for name, distance in self.distances(values, latents, features).items():
             terms[name] = self.weights[name] * distance
-        total = torch.stack([values.new_zeros(()), *terms.values()]).sum()
-        return reconstruction, total, terms
+        return reconstruction, sum(terms.values(), values.new_zeros(())), terms
 
     def understand(self, values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Values (B, 3, H, W) to latents (B, N, C), not normalised, and semantic features (B, N, D)."""

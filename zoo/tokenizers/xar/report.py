@@ -25,7 +25,7 @@ from torchvision.utils import make_grid, save_image
 
 import zoo
 from zoo.commands.generate import image_generator
-from zoo.data import Loader, scenes
+from zoo.data import read_all, scenes
 from zoo.data.labels import COLOR_NAMES, dominant_color
 
 ROWS = 8
@@ -35,8 +35,8 @@ BATCH = 32
 
 def real(split: str) -> tuple[Tensor, Tensor]:
     """All images of the scenes and their classes."""
-    batches = list(Loader(scenes(split), batch_size=64, fields=["image", "objects"]))
-    return torch.cat([b["image"] for b in batches]), torch.cat([dominant_color(b) for b in batches])
+    batch = read_all(scenes(split), ["image", "objects"])
+    return batch["image"], dominant_color(batch)
 
 
 def classifier(images: Tensor, labels: Tensor, steps: int = 1000) -> nn.Sequential:
