@@ -34,6 +34,8 @@ class TokenizerInfo:
     streams: tuple[str, ...]
     max_tokens: int
     """Positions per stream for an image of image_size."""
+    decoded: tuple[str, ...] = ()
+    """Streams that decode reads, where that is not all of them."""
     codebook_sizes: Mapping[str, int] = field(default_factory=dict)
     """Codes in the codebook of each discrete stream."""
     levels: Mapping[str, int] = field(default_factory=dict)
@@ -269,19 +271,25 @@ class Tokenizer(ImageReader):
     def _decode(self, tokens: Tokens) -> Tensor:
         raise NotImplementedError
 
-    def check_tokens(self, tokens: Tokens) -> Tokens:
-        """The tokens on the tokenizer's device; ZooError when a stream is missing or does not fit."""
+    def check_tokens(self, tokens: Tokens, streams: Sequence[str] | None = None) -> Tokens:
+        """The tokens on the tokenizer's device; ZooError when a stream that is needed is missing, or one does not fit.
+
+        streams: those needed; None: what decode reads.
+        """
         info = self.info
         if not isinstance(tokens, Tokens):
             raise ZooError(f"{info.name} decodes Tokens, got {type(tokens).__name__}; use Tokens(ids={{...}}).")
-        given = tokens.ids if info.kind == "discrete" else tokens.latents
-        for name in info.streams:
+        what = "ids" if info.kind == "discrete" else "latents"
+        given = getattr(tokens, what)
+        for name in info.decoded or info.streams if streams is None else streams:
             if name not in given:
-                what = "ids" if info.kind == "discrete" else "latents"
-                raise ZooError(f"{info.name} decodes {what} of stream '{name}', got streams {sorted(given) or 'none'}.")
-        for name, size in info.codebook_sizes.items():
-            ids, levels = tokens.ids[name], info.levels.get(name)
-            if ids.ndim != (3 if levels else 2) or (levels and ids.shape[2] > levels):
+                raise ZooError(f"{info.name} needs {what} of stream '{name}', got streams {sorted(given) or 'none'}.")
+        for name in given:
+            if name not in info.streams:
+                raise ZooError(f"{info.name} has streams {', '.join(info.streams)}, got {what} of '{name}'.")
+        for name in given if info.kind == "discrete" else ():
+            ids, levels, size = tokens.ids[name], info.levels.get(name), info.codebook_sizes[name]
+            if ids.ndim != (3 if levels else 2) or (levels and not 1 <= ids.shape[2] <= levels):
                 shape = f"(B, N, up to {levels})" if levels else "(B, N)"
                 raise ZooError(f"ids of stream '{name}' of {info.name} are {shape}, got shape {tuple(ids.shape)}.")
             if ids.numel():

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.distributed import sum_over_ranks, world_size
+from zoo.errors import ZooError
 from zoo.nn.normalization import BatchNorm2d
+
+GROUPS = 32
+"""Of the residual discriminator's normalisation."""
 
 
 class PatchDiscriminator(nn.Module):
@@ -36,19 +41,65 @@ class PatchDiscriminator(nn.Module):
         return self.main(images)
 
 
-def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """0.5 (mean relu(1 - real) + mean relu(1 + fake)) of logits."""
-    return 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())
+class ResidualPatchDiscriminator(nn.Module):
+    """DualToken's: images (B, 3, H, W) to logits (B, 1, H / 8, W / 8), rounded up; real above fake.
+
+    GroupNorm in residual blocks instead of PatchDiscriminator's BatchNorm: no image depends on its batch. width is a
+    multiple of 32; all but the last of num_layers blocks halve the resolution, as the first convolution does.
+    """
+
+    def __init__(self, in_channels: int = 3, width: int = 64, num_layers: int = 3):
+        super().__init__()
+        if width < 1 or width % GROUPS:
+            raise ZooError(f"the residual discriminator's width must be a multiple of {GROUPS}, got {width}.")
+        layers, inner = [nn.Conv2d(in_channels, width, 3, 2, 1), nn.LeakyReLU(0.2)], width
+        for i in range(1, num_layers + 1):
+            outer = width * min(2**i, 8)
+            layers.append(ResidualBlock(inner, outer, stride=2 if i < num_layers else 1))
+            inner = outer
+        self.main = nn.Sequential(*layers, nn.Conv2d(inner, 1, 3, 1, 1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.main(images)
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, layer: Tensor) -> Tensor:
-    """|grad of the reconstruction loss| / (|grad of the adversarial loss| + 1e-4), within 0..1e4, without gradient.
+class ResidualBlock(nn.Module):
+    """x + conv(leaky(norm(x))), where x is resized bilinearly and widened by a 1 x 1 convolution if it must be."""
+
+    def __init__(self, inner: int, outer: int, stride: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(GROUPS, inner, eps=1e-6)
+        self.conv1 = nn.Conv2d(inner, outer, 3, stride, 1)
+        if inner != outer:
+            self.nin_shortcut = nn.Conv2d(inner, outer, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.leaky_relu(self.norm1(x), 0.2))
+        if x.shape[2:] != h.shape[2:]:
+            x = F.interpolate(x, h.shape[2:], mode="bilinear")
+        if hasattr(self, "nin_shortcut"):
+            x = self.nin_shortcut(x)
+        return x + h
+
+
+def hinge_loss(real: Tensor, fake: Tensor, slope: float = 0.0) -> Tensor:
+    """0.5 (mean relu(1 - real) + mean relu(1 + fake)) of logits; slope: of the relu below 0 (DualToken: 0.01)."""
+    return 0.5 * (F.leaky_relu(1 - real, slope).mean() + F.leaky_relu(1 + fake, slope).mean())
+
+
+def adaptive_weight(
+    reconstruction: Tensor, adversarial: Tensor, layer: Tensor, low: float = 0.0, high: float = 1e4
+) -> Tensor:
+    """|grad of the reconstruction loss| / (|grad of the adversarial loss| + 1e-4), within low..high, without gradient.
 
     Gradients are those of the decoder's last layer, averaged over ranks, so that all ranks have the same weight.
     """
     grads = [torch.autograd.grad(loss, layer, retain_graph=True)[0] for loss in (reconstruction, adversarial)]
     of_reconstruction, of_adversarial = (g.norm() / world_size() for g in sum_over_ranks(*grads))
-    return (of_reconstruction / (of_adversarial + 1e-4)).clamp(0, 1e4).detach()
+    return (of_reconstruction / (of_adversarial + 1e-4)).clamp(low, high).detach()
 
 
 def generator_loss(
@@ -58,23 +109,30 @@ def generator_loss(
     last_layer: Tensor,
     weight: float,
     factor: float,
+    pixels_weight: float = 1.0,
+    low: float = 0.0,
+    high: float = 1e4,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """pixels + LPIPS + factor * w * adversarial, with w = weight * adaptive_weight and adversarial = -mean(logits).
+    """pixels_weight * pixels + LPIPS + factor * w * adversarial, with adversarial = -mean(logits) and
+    w = weight * adaptive_weight(pixels + LPIPS, adversarial): there pixels count once (DualToken's pixels_weight is 5).
 
     pixels: loss of the reconstruction, scalar; perceptual: LPIPS of each image (B, 1, 1, 1), None: left out;
-    logits_fake: of the discriminator on the reconstructions; factor: 0 before the discriminator counts, else 1.
+    logits_fake: of the discriminator on the reconstructions; factor: 0 before the discriminator counts, else 1;
+    low, high: bounds of adaptive_weight.
     """
     lpips = pixels.new_zeros(()) if perceptual is None else perceptual.mean()
     nll = pixels + lpips
     adversarial = -logits_fake.mean()
-    weight = weight * adaptive_weight(nll, adversarial, last_layer)
-    loss = nll + factor * weight * adversarial
+    weight = weight * adaptive_weight(nll, adversarial, last_layer, low, high)
+    loss = pixels_weight * pixels + lpips + factor * weight * adversarial
     logs = {"nll": nll, "pixels": pixels, "lpips": lpips, "adversarial": adversarial, "adversarial_weight": weight}
     return loss, {name: value.detach() for name, value in logs.items()}
 
 
-def discriminator_loss(logits_real: Tensor, logits_fake: Tensor, factor: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """factor * hinge_loss, and what to log."""
-    loss = factor * hinge_loss(logits_real, logits_fake)
+def discriminator_loss(
+    logits_real: Tensor, logits_fake: Tensor, factor: float, slope: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """factor * hinge_loss with that slope, and what to log."""
+    loss = factor * hinge_loss(logits_real, logits_fake, slope)
     logs = {"discriminator": loss, "logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
     return loss, {name: value.detach() for name, value in logs.items()}

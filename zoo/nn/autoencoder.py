@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -38,13 +39,17 @@ class AutoencoderConfig:
     value_range: tuple[float, float] = (-1.0, 1.0)
     """Values of the network that 0 and 1 of an image stand for."""
 
+    LEAST_BLOCKS: ClassVar[int] = 1
+    """0 for a configuration of decoders alone, which have one block more."""
+
     def __post_init__(self):
         name = type(self).__name__
         if self.style not in ("ldm", "mage"):
             raise ZooError(f"{name}.style must be 'ldm' or 'mage', got {self.style!r}.")
         for field in ("image_size", "in_channels", "channels", "num_blocks", "embed_dim", "norm_groups"):
-            if getattr(self, field) < 1:
-                raise ZooError(f"{name}.{field} must be at least 1, got {getattr(self, field)}.")
+            least = self.LEAST_BLOCKS if field == "num_blocks" else 1
+            if getattr(self, field) < least:
+                raise ZooError(f"{name}.{field} must be at least {least}, got {getattr(self, field)}.")
         if not self.multipliers or min(self.multipliers) < 1:
             raise ZooError(f"{name}.multipliers must be one factor of at least 1 per level, got {self.multipliers}.")
         if self.channels % self.norm_groups:
@@ -84,15 +89,15 @@ class ResnetBlock(nn.Module):
     """x + conv(swish(norm(conv(swish(norm(x)))))); where widths differ the skip is a 1 x 1 convolution.
 
     In style "mage" convolutions have no bias, and a block that changes the width drops x: its skip is taken of its own
-    result.
+    result. kernel: side of the first convolution.
     """
 
-    def __init__(self, inner: int, outer: int, c: AutoencoderConfig):
+    def __init__(self, inner: int, outer: int, c: AutoencoderConfig, kernel: int = 3):
         super().__init__()
         bias = c.style == "ldm"
         self.skips_input = c.style == "ldm"
         self.norm1 = nn.GroupNorm(c.norm_groups, inner, eps=1e-6)
-        self.conv1 = nn.Conv2d(inner, outer, 3, padding=1, bias=bias)
+        self.conv1 = nn.Conv2d(inner, outer, kernel, padding=kernel // 2, bias=bias)
         self.norm2 = nn.GroupNorm(c.norm_groups, outer, eps=1e-6)
         self.conv2 = nn.Conv2d(outer, outer, 3, padding=1, bias=bias)
         if inner != outer:

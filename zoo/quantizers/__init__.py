@@ -2,6 +2,7 @@
 
 from zoo.quantizers.ema import EMAQuantizer, Quantized, code_statistics, perplexity
 from zoo.quantizers.posterior import GaussianPosterior
+from zoo.quantizers.residual import ResidualQuantized, ResidualQuantizer
 from zoo.quantizers.search import nearest_code, squared_distances
 from zoo.quantizers.vector import VectorQuantizer, codebook_quantizer
 
@@ -9,6 +10,8 @@ __all__ = [
     "EMAQuantizer",
     "GaussianPosterior",
     "Quantized",
+    "ResidualQuantized",
+    "ResidualQuantizer",
     "VectorQuantizer",
     "code_statistics",
     "codebook_quantizer",

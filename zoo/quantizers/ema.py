@@ -120,14 +120,20 @@ class EMAQuantizer(nn.Module):
 
     @torch.no_grad()
     def _draw(self, vectors: Tensor) -> Tensor:
-        """K random vectors of the batches of all ranks (M, D), by the random numbers of rank 0; all of them, some
-        several times, when there are fewer. A vector that is not finite is replaced by the code as it is.
-        """
+        """K random vectors of the batches of all ranks; all of them, some several times, when there are fewer."""
         total = len(vectors) * world_size()
         order = torch.randperm(total, device=vectors.device)
         index = order[torch.arange(len(self.codebook), device=vectors.device) % total]
-        drawn = rows_of_all_ranks(vectors, from_first_rank(index))
-        return drawn.where(drawn.isfinite().all(1, keepdim=True), self.codebook.float())
+        return drawn_over_ranks(vectors, index, self.codebook)
+
+
+def drawn_over_ranks(vectors: Tensor, index: Tensor, codebook: Tensor) -> Tensor:
+    """Vectors (M, D) of all ranks, one after the other, at the index (K,) of rank 0: (K, D) on every rank.
+
+    A vector that is not finite is replaced by the code (K, D) as it is.
+    """
+    drawn = rows_of_all_ranks(vectors, from_first_rank(index))
+    return drawn.where(drawn.isfinite().all(1, keepdim=True), codebook.float())
 
 
 def code_statistics(vectors: Tensor, ids: Tensor, num_codes: int) -> list[Tensor]:
@@ -139,6 +145,12 @@ def code_statistics(vectors: Tensor, ids: Tensor, num_codes: int) -> list[Tensor
     counts = vectors.new_zeros(num_codes).index_add_(0, ids, finite.to(vectors.dtype))
     sums = vectors.new_zeros(num_codes, vectors.shape[1]).index_add_(0, ids, vectors.where(finite[:, None], 0))
     return sum_over_ranks(counts, sums)
+
+
+def code_counts(ids: Tensor, num_codes: int) -> Tensor:
+    """How often each code was used over all ranks, (M,) ids -> (K,) float32."""
+    ones = torch.ones(ids.numel(), device=ids.device)
+    return sum_over_ranks(ones.new_zeros(num_codes).index_add_(0, ids, ones))[0]
 
 
 def perplexity(counts: Tensor) -> Tensor:

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.distributed import sum_over_ranks
-from zoo.quantizers.ema import EMAQuantizer, Quantized, perplexity
+from zoo.quantizers.ema import EMAQuantizer, Quantized, code_counts, perplexity
 from zoo.quantizers.search import nearest_code
 
 
@@ -43,8 +42,7 @@ class VectorQuantizer(nn.Module):
             loss = self.commitment * F.mse_loss(exact, codes.detach())
             loss = loss + self.codebook_weight * F.mse_loss(codes, exact.detach())
             quantized = (exact + (codes - exact).detach()).to(z.dtype)
-            ones = torch.ones(ids.numel(), device=ids.device)
-            (counts,) = sum_over_ranks(ones.new_zeros(len(self.codebook)).index_add_(0, ids.flatten(), ones))
+            counts = code_counts(ids.flatten(), len(self.codebook))
         return Quantized(quantized, ids, loss, perplexity(counts))
 
     def encode(self, z: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -178,6 +178,16 @@ SCENE_WORDS = (
 )
 """The words of the captions of the embedded scenes."""
 
+SO400M = SigLIPConfig(
+    width=1152,
+    depth=27,
+    num_heads=16,
+    text_width=1152,
+    text_depth=27,
+    text_heads=16,
+    mlp_ratio=3.7362,
+    vocab_size=256_000,
+)
 PRESETS = {
     "siglip-base-patch16-224": Preset(
         SigLIPEncoder,
@@ -185,24 +195,15 @@ PRESETS = {
         "published SigLIP ViT-B/16: 224 x 224 images, English text",
         Weights("hf://google/siglip-base-patch16-224/model.safetensors"),
     ),
-    "siglip2-so400m-patch14-384": Preset(
-        SigLIPEncoder,
-        SigLIPConfig(
-            image_size=384,
-            patch_size=14,
-            width=1152,
-            depth=27,
-            num_heads=16,
-            text_width=1152,
-            text_depth=27,
-            text_heads=16,
-            mlp_ratio=3.7362,
-            vocab_size=256_000,
-            text_tokenizer="google/siglip2-so400m-patch14-384",
-        ),
-        "published SigLIP 2 (arXiv 2502.14786) So400m/14: 384 x 384 images, text in many languages",
-        Weights("hf://google/siglip2-so400m-patch14-384/model.safetensors"),
-    ),
+    **{
+        (name := f"siglip2-so400m-patch{patch}-{size}"): Preset(
+            SigLIPEncoder,
+            replace(SO400M, image_size=size, patch_size=patch, text_tokenizer=f"google/{name}"),
+            f"published SigLIP 2 (arXiv 2502.14786) So400m/{patch}: {size} x {size} images, text in many languages",
+            Weights(f"hf://google/{name}/model.safetensors"),
+        )
+        for patch, size in ((16, 256), (14, 384))
+    },
     "siglip-tiny": Preset(
         SigLIPEncoder,
         SigLIPConfig(
