@@ -72,6 +72,7 @@ def config_from_published(model: Mapping, towers: Mapping) -> DualTokenConfig:
     """The authors' configuration of the model, and that of its SigLIP (vision_config, text_config), as ours."""
     decoder, vision, text = model["ddconfig"], towers["vision_config"], towers["text_config"]
     return DualTokenConfig(
+        image_size=vision["image_size"],
         encoder=SigLIPConfig(
             image_size=vision["image_size"],
             patch_size=vision["patch_size"],

@@ -59,6 +59,8 @@ class PixelDecoderConfig(AutoencoderConfig):
 class DualTokenConfig:
     """Sizes of DualToken; the defaults are the published siglip_256_rvq4."""
 
+    image_size: int = 256
+    """Of the encoder; other sizes are not taken."""
     encoder: SigLIPConfig = SIGLIP["siglip2-so400m-patch16-256"].config
     layer_pixel: int = 6
     """After how many layers of the tower the pixel stream is taken."""
@@ -90,10 +92,12 @@ class DualTokenConfig:
                 f"DualTokenConfig.embed_dim {self.embed_dim} must divide the width of the tower {self.encoder.width}."
             )
         side = self.decoder.latent_size or self.grid
-        if (pixels := side * self.decoder.downsample) != self.encoder.image_size:
+        pixels = side * self.decoder.downsample
+        if not self.image_size == self.encoder.image_size == pixels:
             raise ZooError(
-                f"the decoder of DualTokenConfig turns {side} x {side} places into {pixels} x {pixels} pixels, and the "
-                f"encoder takes {self.encoder.image_size}; change decoder.latent_size or decoder.multipliers."
+                f"DualTokenConfig.image_size is {self.image_size}, its encoder takes {self.encoder.image_size} and its "
+                f"decoder makes {pixels} pixels of {side} places; all three must be the same (image_size, "
+                "encoder.image_size, decoder.latent_size, decoder.multipliers)."
             )
 
     @property
@@ -162,7 +166,7 @@ class DualTokenTokenizer(Tokenizer):
         self.info = TokenizerInfo(
             system="dualtoken",
             paper="arXiv:2503.14324",
-            image_size=c.encoder.image_size,
+            image_size=c.image_size,
             size_multiple=None,
             channels=3,
             kind="discrete",
@@ -307,6 +311,7 @@ PRESETS = {
     "dualtoken-384": Preset(
         DualTokenTokenizer,
         DualTokenConfig(
+            image_size=384,
             encoder=SIGLIP["siglip2-so400m-patch14-384"].config,
             semantic=StreamConfig(levels=8, kind="rq_ema"),
             pixel=StreamConfig(levels=8),
@@ -318,6 +323,7 @@ PRESETS = {
     "dualtoken-tiny": Preset(
         DualTokenTokenizer,
         DualTokenConfig(
+            image_size=64,
             encoder=SIGLIP["siglip-tiny"].config,
             layer_pixel=2,
             layer_shortcut=1,

@@ -64,10 +64,10 @@ class DualTokenTraining(AutoencoderTraining):
             self.discriminator = ResidualPatchDiscriminator(width=discriminator_width)
         terms = [f"{of}_{kind}" for of in ("features", "pooled") for kind in ("mse", "cosine")]
         terms += [*(f"quantizer_{name}" for name in tokenizer.info.streams), "pixels", "lpips"]
-        for name in weights:
+        self.weights = {name: float(weight) for name, weight in weights.items() if weight}
+        for name in self.weights:
             if name not in terms:
                 raise ZooError(f"the loss has no term '{name}'{nearest(name, terms)}")
-        self.weights = {name: float(weight) for name, weight in weights.items() if weight}
         self.adaptive_bounds, self.train_pixels = tuple(adaptive_bounds), train_pixels
         known, own = registry.encoders.load(teacher, teacher_weights), tokenizer.encoder
         if known.config != own.config:
