@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -10,14 +11,16 @@ from torch import Tensor, nn
 from vectors import Vectors
 
 from zoo import weights
-from zoo.losses.adversarial import ResidualPatchDiscriminator
+from zoo.losses.adversarial import ResidualPatchDiscriminator, adaptive_weight
 from zoo.quantizers import ResidualQuantizer
 from zoo.tokenizer import Tokens
 from zoo.tokenizers.dualtoken import published
 from zoo.tokenizers.dualtoken.projection import AttentionProjection
 from zoo.tokenizers.dualtoken.tokenizer import DualTokenTokenizer
-from zoo.tokenizers.dualtoken.training import DualTokenTraining
+from zoo.tokenizers.dualtoken.training import DualTokenTraining, distances
 from zoo.tokenizers.siglip import published as siglip
+from zoo.tokenizers.siglip.encoder import SigLIPEncoder
+from zoo.training.module import parameter_groups
 
 
 def run(vectors: Vectors, case: str) -> dict[str, Tensor]:
@@ -185,16 +188,16 @@ def quantizer_names(about: dict) -> dict:
     """Ours of what describes a quantizer of theirs."""
     stream = published.stream_from_published(about | {"bottleneck_type": about["kind"]})
     (height, width, dim), (rows, columns, _) = about["latent_shape"], about["code_shape"]
-    return dict(
-        num_codes=stream.codebook_size,
-        dim=dim,
-        levels=stream.levels,
-        decay=stream.decay,
-        kind=stream.kind,
-        shared=stream.shared,
-        restart=stream.restart,
-        cell=(height // rows, width // columns),
-    )
+    return {
+        "num_codes": stream.codebook_size,
+        "dim": dim,
+        "levels": stream.levels,
+        "decay": stream.decay,
+        "kind": stream.kind,
+        "shared": stream.shared,
+        "restart": stream.restart,
+        "cell": (height // rows, width // columns),
+    }
 
 
 def quant(vectors: Vectors, about: dict) -> dict[str, Tensor]:
@@ -235,11 +238,10 @@ def quant(vectors: Vectors, about: dict) -> dict[str, Tensor]:
     }
     for level in range(quantizer.levels):
         book = quantizer.codebook(level)
-        for theirs_name, ours in published.CODEBOOK_NAMES.items():
+        for theirs, ours in published.CODEBOOK_NAMES.items():
             tensor = getattr(book, ours)
-            found[f"after/codebooks.{level}.{theirs_name}"] = (
-                F.pad(tensor, (0, 0, 0, 1)) if ours == "codebook" else tensor
-            )
+            tensor = F.pad(tensor, (0, 0, 0, 1)) if ours == "codebook" else tensor
+            found[f"after/codebooks.{level}.{theirs}"] = tensor
     return found
 
 
@@ -256,6 +258,170 @@ def proj(vectors: Vectors, about: dict) -> dict[str, Tensor]:
     return found | {"y": y, "grad_x": x.grad} | grads
 
 
+class Pooled(nn.Module):
+    """What the authors' training was run with in place of LPIPS."""
+
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
+        return 0.5 * (F.avg_pool2d(images, 4) - F.avg_pool2d(others, 4)).square().mean((1, 2, 3), keepdim=True)
+
+
+STAGES = {
+    0: {"pooled_mse": 5, "pooled_cosine": 5, "quantizer_pixel": 5, "quantizer_semantic": 5, "pixels": 5, "lpips": 1},
+    1: {
+        **{"features_mse": 5, "features_cosine": 5, "pooled_mse": 1, "pooled_cosine": 1},
+        **{"quantizer_pixel": 5, "quantizer_semantic": 5, "pixels": 5, "lpips": 1},
+    },
+    2: {"features_cosine": 1, "pooled_mse": 5, "pooled_cosine": 5, "quantizer_semantic": 5},
+}
+LOSS_NAMES = {
+    "semantic_loss": "features_mse",
+    "semantic_loss_cos": "features_cosine",
+    "semantic_loss_pooler": "pooled_mse",
+    "semantic_loss_pooler_cos": "pooled_cosine",
+    "quant_loss_semantic": "quantizer_semantic",
+    "quant_loss_pixel": "quantizer_pixel",
+    "recon_loss": "pixels",
+    "pcpt_loss": "lpips",
+    "gen_loss": "adversarial",
+    "total_loss": "loss",
+}
+
+
+def train(vectors: Vectors, about: dict) -> dict[str, Tensor]:
+    case, meta = about["name"], about["meta"]
+    stage, gan = meta["stage"], meta.get("gan", False)
+    module = training_module(vectors, about)
+    tokenizer, values = module.tokenizer, vectors.input(case, "image")
+    outputs, norms = [], []
+    tokenizer.register_forward_hook(lambda module, args, output: outputs.append(output))
+
+    def recorded(reconstruction, adversarial, layer, *bounds):
+        grads = [torch.autograd.grad(one, layer, retain_graph=True)[0] for one in (reconstruction, adversarial)]
+        norms.extend(grad.norm() for grad in grads)
+        return adaptive_weight(reconstruction, adversarial, layer, *bounds)
+
+    learners = module.optimized()
+    optimizers = {"tokenizer": torch.optim.AdamW(parameter_groups(learners["tokenizer"]), 1e-3, (0.5, 0.9), 1e-8, 1e-4)}
+    if gan:
+        optimizers["discriminator"] = torch.optim.Adam(module.discriminator.parameters(), 1e-3, (0.5, 0.9))
+    found = {}
+    with Draws(vectors, case), mock.patch("zoo.tokenizers.dualtoken.training.adaptive_weight", recorded):
+        for name, loss, logs in module.losses({"image": (values + 1) / 2}):
+            inputs = [p for group in optimizers[name].param_groups for p in group["params"]]
+            loss.backward(inputs=inputs)
+            if name == "tokenizer":
+                found |= {f"loss/{theirs}": logs[ours] for theirs, ours in LOSS_NAMES.items() if ours in logs}
+                found |= {f"grad/{n}": grad for n, grad in published_gradients(tokenizer).items()}
+                found["number_of_parameters_without_gradient"] = without_gradient(tokenizer)
+                if gan:
+                    found |= {
+                        "g_weight": logs["adversarial_weight"],
+                        "nll_grad_norm": norms[0],
+                        "gen_grad_norm": norms[1],
+                    }
+            else:
+                factor = module.discriminator_factor()
+                found |= {f"disc/grad/{n}": p.grad.clone() for n, p in module.discriminator.named_parameters()}
+                found |= {"disc/disc_loss": logs["discriminator"] / factor}
+                found |= {f"disc/{n}_mean": logs[n] for n in ("logits_real", "logits_fake")}
+            optimizers[name].step()
+    output = outputs[0]
+    state = published.to_published(tokenizer.state_dict(), tokenizer.config)
+    found |= {f"after/{n}": tensor for n, tensor in state.items() if ".codebooks." in n}
+    found |= {f"after_step/{n}": tensor for n, tensor in state.items()}
+    if gan:
+        found |= {f"disc/after_step/{n}": p for n, p in module.discriminator.named_parameters()}
+    # what stage 2 does not need and the authors log
+    reference = training_module(vectors, about)
+    reference.tokenizer.eval()
+    with torch.no_grad():
+        tower = reference.tokenizer.encoder.vision
+        last = reference.tokenizer.finish(output.features)
+        if last is output.features:  # there is no layer behind; what they log is not quantised
+            last = tower.layers(tower.embed(values))
+        taught = reference.teacher.layers(reference.teacher.embed(values))
+        for ours, value in distances("loss/semantic_loss_last", last, taught).items():
+            found[ours.replace("_mse", "").replace("cosine", "cos")] = value
+        reconstruction = output.reconstruction
+        if reconstruction is None:
+            reconstruction = reference.tokenizer.to_values(output.quantized["pixel"].quantized)
+        found |= {
+            "recon": reconstruction,
+            "loss/recon_loss": F.mse_loss(reconstruction, values),
+            "loss/pcpt_loss": Pooled()(reconstruction, values).mean(),
+            "code_pix": as_map(output.quantized["pixel"].ids),
+            "code_sem": as_map(output.quantized["semantic"].ids),
+        }
+    assert stage != 2 or output.reconstruction is None
+    return found
+
+
+def training_module(vectors: Vectors, about: dict) -> DualTokenTraining:
+    meta, tokenizer = about["meta"], dualtoken(vectors, about["module"])
+    teacher = SigLIPEncoder(tokenizer.config.encoder)
+    state = siglip.from_published(filled(vectors, meta["teacher"]), tokenizer.config.encoder)
+    weights.load(teacher.vision, {name.removeprefix("vision."): tensor for name, tensor in state.items()})
+    stage, gan = meta["stage"], meta.get("gan", False)
+    factors = dict(STAGES[stage])
+    factors.pop("lpips", None)
+    for name in factors:
+        if name.startswith(("features", "pooled")):
+            factors[name] *= meta.get("sem_weight", 1)
+    frozen = {0: tokenizer.config.layer_semantic, 1: -1, 2: tokenizer.config.layer_shortcut}[stage]
+    module = DualTokenTraining(
+        tokenizer,
+        teacher,
+        factors,
+        frozen_layers=frozen,
+        train_pixels=stage < 2,
+        adversarial_weight=0.75 if gan else 0.0,
+        optimizers={"tokenizer": None},
+    )
+    if stage < 2:
+        module.perceptual, module.weights["lpips"] = Pooled(), 1.0
+    if gan:
+        config = vectors.modules[meta["discriminator"]]["config"]
+        module.discriminator = ResidualPatchDiscriminator(config["input_nc"], config["ndf"], config["n_layers"])
+        weights.load(module.discriminator, filled(vectors, meta["discriminator"]))
+    run = SimpleNamespace(global_step=0, current_epoch=meta.get("epoch", 0), num_training_batches=1)
+    module.trainer, module.kept = run, run  # the module has a weak reference alone
+    return module.train()
+
+
+def published_gradients(tokenizer: DualTokenTokenizer) -> dict[str, Tensor]:
+    """Of all tensors of the state, by the authors' names; NaN where there is none."""
+    parameters = dict(tokenizer.named_parameters())
+    grads = {}
+    for name, tensor in tokenizer.state_dict().items():
+        grad = parameters[name].grad if name in parameters else None
+        grads[name] = torch.full_like(tensor, torch.nan) if grad is None else grad.clone()
+    return published.to_published(grads, tokenizer.config)
+
+
+def without_gradient(tokenizer: DualTokenTokenizer) -> Tensor:
+    """How many of the authors' parameters have no gradient; of their codebooks the tables are parameters."""
+    buffers, seen = ("zero_k_bias", "cluster_size_ema", "embed_ema"), 0
+    for name, grad in published_gradients(tokenizer).items():
+        shared = (
+            ".codebooks." in name
+            and tokenizer.config.streams[{"sem": "semantic", "pix": "pixel"}[name.split(".")[0][-3:]]].shared
+        )
+        repeated = shared and name.split(".")[2] != "0"
+        seen += not name.endswith(buffers) and not repeated and bool(grad.isnan().any())
+    return torch.tensor(seen)
+
+
+@torch.no_grad()
+def zeroshot(vectors: Vectors, about: dict) -> dict[str, Tensor]:
+    case, tokenizer = about["name"], dualtoken(vectors, about["module"])
+    values, text, target = (vectors.input(case, name) for name in ("image", "text", "target"))
+    embeddings = tokenizer.encoder.text(text.flatten(0, 1)).unflatten(0, text.shape[:2])
+    classifier = text_classifier(embeddings)
+    logits = 100 * tokenizer.encode_image((values + 1) / 2) @ classifier.T
+    hits = [(logits.topk(k).indices == target[:, None]).any(1).sum() for k in (1, 2)]
+    return {"classifier": classifier.T, "logits": logits, "top1_top2_correct": torch.stack(hits)}
+
+
 FUNCTIONS = {
     "encode": encode,
     "decode": decode,
@@ -263,4 +429,6 @@ FUNCTIONS = {
     "prefix": prefix,
     "quant": quant,
     "proj": proj,
+    "train": train,
+    "zeroshot": zeroshot,
 }

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo import registry
 from zoo.errors import ZooError, nearest
 from zoo.losses.adversarial import ResidualPatchDiscriminator, adaptive_weight, discriminator_loss
 from zoo.tokenizers.dualtoken.tokenizer import DualTokenOutput, DualTokenTokenizer
+from zoo.tokenizers.siglip.encoder import SigLIPEncoder
 from zoo.training.autoencoder import AutoencoderTraining
 from zoo.training.module import Losses
 
@@ -27,8 +26,7 @@ class DualTokenTraining(AutoencoderTraining):
     `lpips` of the reconstruction.
 
     Args:
-        teacher: an encoder of the zoo, of the sizes of the tokenizer's own.
-        teacher_weights: a file, where the name alone has none.
+        teacher: the SigLIP encoder that the tokenizer is made on, with its weights.
         start_from_teacher: the tokenizer's towers begin as the teacher's: of a first stage.
         frozen_layers: patches, positions and that many first layers of the tower do not learn; -1: all do. The text
             tower never does, so that texts keep their places.
@@ -45,9 +43,8 @@ class DualTokenTraining(AutoencoderTraining):
     def __init__(
         self,
         tokenizer: DualTokenTokenizer,
-        teacher: str,
+        teacher: SigLIPEncoder,
         weights: Mapping[str, float],
-        teacher_weights: str | Path | None = None,
         start_from_teacher: bool = False,
         frozen_layers: int = -1,
         train_pixels: bool = True,
@@ -69,15 +66,15 @@ class DualTokenTraining(AutoencoderTraining):
             if name not in terms:
                 raise ZooError(f"the loss has no term '{name}'{nearest(name, terms)}")
         self.adaptive_bounds, self.train_pixels = tuple(adaptive_bounds), train_pixels
-        known, own = registry.encoders.load(teacher, teacher_weights), tokenizer.encoder
-        if known.config != own.config:
+        own = tokenizer.encoder
+        if teacher.config != own.config:
             raise ZooError(
-                f"teacher={teacher} has other sizes than the towers of {tokenizer.info.name}: {known.config} and "
-                f"{own.config}; choose the encoder that the tokenizer is made on."
+                f"the teacher {teacher.info.name} has other sizes than the towers of {tokenizer.info.name}: "
+                f"{teacher.config} and {own.config}; choose the encoder that the tokenizer is made on."
             )
         if start_from_teacher:
-            own.load_state_dict(known.state_dict())
-        self.teacher = known.vision.requires_grad_(False)
+            own.load_state_dict(teacher.state_dict())
+        self.teacher = teacher.vision.requires_grad_(False)
         freeze(tokenizer, frozen_layers, train_pixels)
 
     def train(self, mode: bool = True) -> DualTokenTraining:
