@@ -372,6 +372,7 @@ def training_module(vectors: Vectors, about: dict) -> DualTokenTraining:
         tokenizer,
         teacher,
         factors,
+        started_from="the reference",
         frozen_layers=frozen,
         train_pixels=stage < 2,
         adversarial_weight=0.75 if gan else 0.0,

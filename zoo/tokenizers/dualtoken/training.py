@@ -27,7 +27,7 @@ class DualTokenTraining(AutoencoderTraining):
 
     Args:
         teacher: the SigLIP encoder that the tokenizer is made on, with its weights.
-        start_from_teacher: the tokenizer's towers begin as the teacher's: of a first stage.
+        started_from: the file that the tokenizer was loaded from; None: its towers begin as the teacher's.
         frozen_layers: patches, positions and that many first layers of the tower do not learn; -1: all do. The text
             tower never does, so that texts keep their places.
         train_pixels: False: the pixel stream, its codes included, and the decoder do not learn.
@@ -45,7 +45,7 @@ class DualTokenTraining(AutoencoderTraining):
         tokenizer: DualTokenTokenizer,
         teacher: SigLIPEncoder,
         weights: Mapping[str, float],
-        start_from_teacher: bool = False,
+        started_from: str | None = None,
         frozen_layers: int = -1,
         train_pixels: bool = True,
         loss: str = "mse",
@@ -72,7 +72,7 @@ class DualTokenTraining(AutoencoderTraining):
                 f"the teacher {teacher.info.name} has other sizes than the towers of {tokenizer.info.name}: "
                 f"{teacher.config} and {own.config}; choose the encoder that the tokenizer is made on."
             )
-        if start_from_teacher:
+        if started_from is None:
             own.load_state_dict(teacher.state_dict())
         self.teacher = teacher.vision.requires_grad_(False)
         freeze(tokenizer, frozen_layers, train_pixels)
