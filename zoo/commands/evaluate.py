@@ -26,7 +26,9 @@ from zoo.data import Loader
 from zoo.errors import ZooError, nearest
 from zoo.metrics.base import Row
 from zoo.metrics.cost import Cost, timed
+from zoo.metrics.frechet import FrechetDistance
 from zoo.metrics.pictures import draw_rate_distortion, draw_reconstructions
+from zoo.metrics.storage import FORMATS
 from zoo.metrics.thumbnail import ThumbnailSize, thumbnail
 from zoo.metrics.tokens import TokenStatistics, numbers
 from zoo.registry import load_tokenizer, weights_path
@@ -75,9 +77,9 @@ class Entry:
         for metric in (*self.metrics, *self.statistics):
             metric.to(device)
 
-    def score(self, reconstructions: Tensor, images: Tensor, keys: list[str]) -> None:
+    def score(self, reconstructions: Tensor, images: Tensor, stored: Tensor, keys: list[str]) -> None:
         for metric in self.metrics:
-            metric.update(reconstructions, images, keys)
+            metric.update(reconstructions, stored if isinstance(metric, FrechetDistance) else images, keys)
 
     def report(self) -> dict:
         """Its numbers over all ranks; None for one that cannot be given, with the reason under "missing"."""
@@ -100,8 +102,10 @@ class Entry:
 def evaluate(cfg: DictConfig) -> dict:
     """Score a tokenizer on a data set; returns the report that is also written to output_dir.
 
-    What is scored is exactly the crop that went into the tokenizer. Every rank takes its share of the images and
-    returns the same report; the first writes metrics.json and reconstructions.png and prints the table.
+    What is scored is the reconstruction against exactly the crop that went into the tokenizer. With stored_as it is
+    what a file in that format gives back of the reconstruction, and a Frechet distance then compares the crops with it
+    in the same format, as two folders of files do. Every rank takes its share of the images and returns the same
+    report; the first writes metrics.json and reconstructions.png and prints the table.
     Raises ZooError for what is wrong in the configuration.
     """
     check(cfg)
@@ -134,7 +138,7 @@ def evaluate(cfg: DictConfig) -> dict:
         if first is None:  # no first call is timed
             for entry, _ in pairs:
                 through(tokenizer, images, entry.settings)
-        results = [step(tokenizer, images, keys, *pair, cfg.round_to_bytes) for pair in pairs]
+        results = [step(tokenizer, images, keys, *pair, cfg.stored_as) for pair in pairs]
         first = first or (images, results)
 
     rows = [entry.report() for entry in entries]
@@ -153,7 +157,7 @@ def evaluate(cfg: DictConfig) -> dict:
     return report
 
 
-def step(tokenizer, images: Tensor, keys: list[str], entry: Entry, baseline: Entry | None, round_to_bytes: bool):
+def step(tokenizer, images: Tensor, keys: list[str], entry: Entry, baseline: Entry | None, stored_as: str | None):
     """Measure one batch under one setting. Returns its tokens, and reconstructions by label."""
     tokens, output, encode_seconds, decode_seconds = through(tokenizer, images, entry.settings)
     entry.statistics[0].update(tokens)
@@ -162,10 +166,12 @@ def step(tokenizer, images: Tensor, keys: list[str], entry: Entry, baseline: Ent
     if baseline:
         outputs[baseline], used = thumbnail(images, numbers(tokens))
         baseline.statistics[0].update(used)
-    if round_to_bytes:
-        outputs = {one: (output * 255).round() / 255 for one, output in outputs.items()}
+    stored = images
+    if stored_as:
+        outputs = {one: FORMATS[stored_as](output) for one, output in outputs.items()}
+        stored = FORMATS[stored_as](images)
     for one, output in outputs.items():
-        one.score(output, images, keys)
+        one.score(output, images, stored, keys)
     return tokens, {label(one.name, one.settings): output for one, output in outputs.items()}
 
 
@@ -181,9 +187,10 @@ def through(tokenizer: Tokenizer, images: Tensor, settings: dict) -> tuple[Token
 def check(cfg: DictConfig) -> None:
     """Raise ZooError where a field of conf/evaluate.yaml is not of its kind."""
     expect_one_of(cfg, "dtype", DTYPES)
-    for name in ("baseline", "round_to_bytes"):
-        if type(cfg[name]) is not bool:
-            raise ZooError(f"{name} must be true or false, got {cfg[name]!r}.")
+    if cfg.stored_as is not None:
+        expect_one_of(cfg, "stored_as", FORMATS)
+    if type(cfg.baseline) is not bool:
+        raise ZooError(f"baseline must be true or false, got {cfg.baseline!r}.")
     for name, least in (("limit", 1), ("pictures", 0)):
         if cfg[name] is not None:
             expect_integer(cfg, name, least)
@@ -231,7 +238,7 @@ def protocol(cfg: DictConfig, source: dict, overrides: dict, metrics: dict) -> d
         "resize": "shorter side to data.image_size, bicubic with antialiasing (depth: nearest)",
         "crop": "center",
         "scored": "the crop that went into the tokenizer against its reconstruction, clamped to [0, 1]",
-        "round_to_bytes": cfg.round_to_bytes,
+        "stored_as": cfg.stored_as,
         "thumbnail": "bicubic, with as many numbers as ids or latent values, each kept as a 32-bit float",
         "metrics": metrics,
         "limit": cfg.limit,
