@@ -80,6 +80,7 @@ class EncoderInfo:
     licence: str = "Apache-2.0"
 
     size_multiple = None  # no other size is taken
+    input = "image"
 
 
 class SigLIPEncoder(ImageReader):
