@@ -182,7 +182,7 @@ def linear(cfg: DictConfig, fabric: Fabric, reader: ImageReader, labels: Labels,
     learned, expected = ({q.name: part[q.name] for q in labels.questions} for part in (train, val))
     entries = {name: probe(train[name], learned, val[name], expected) for name in views}
     if cfg.baseline:
-        entries["always the most frequent"] = most_frequent(learned, expected)
+        entries["most frequent"] = most_frequent(learned, expected)
     measure = {name: "accuracy" if one.ndim == 1 else "AUROC" for name, one in learned.items()}
     rows = [Row(name, f"{name}, {measure[name]}", "higher") for name in learned]
     about = {

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import multilabel_auroc
+from torchmetrics.functional.classification import binary_auroc
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Shares of the mean variance of a feature that are tried as the penalty of a probe."""
@@ -79,7 +79,6 @@ def _accuracy(scores: Tensor, right: Tensor) -> float:
 
 
 def _auroc(scores: Tensor, right: Tensor) -> float:
-    varied = right.any(0) & ~right.all(0)
-    if not varied.any():
-        return math.nan
-    return multilabel_auroc(scores[:, varied], right[:, varied].long(), int(varied.sum())).item()
+    pairs = zip(scores.unbind(1), right.unbind(1), strict=True)
+    areas = [binary_auroc(score, one.long()).item() for score, one in pairs if one.any() and not one.all()]
+    return sum(areas) / len(areas) if areas else math.nan
