@@ -18,7 +18,7 @@ def test_values_present_are_those_of_any_object():
 
 def test_classes_are_numbers():
     assert class_field({"class": [2, 0]}).tolist() == [2, 0]
-    with pytest.raises(ZooError, match="must hold numbers .* got 'cat'"):
+    with pytest.raises(ZooError, match=r"must hold numbers .* got 'cat'"):
         class_field({"class": ["cat", "dog"]})
     with pytest.raises(ZooError, match="no field 'class'"):
         class_field({"image": 0})
