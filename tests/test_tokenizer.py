@@ -80,6 +80,41 @@ def test_features_are_refused_by_a_tokenizer_without_them(tokenizer, maps):
         tokenizer.features(maps)
 
 
+def test_texts_are_refused_by_a_tokenizer_without_a_text_side(tokenizer, maps):
+    for ask in (
+        lambda: tokenizer.encode_image(maps),
+        lambda: tokenizer.encode_text(["a cube"]),
+        lambda: tokenizer.similarity(maps, ["a cube"]),
+    ):
+        with pytest.raises(ZooError, match=r"aurora-tiny has no text side; .*\.$"):
+            ask()
+
+
+def test_a_system_with_a_text_side_writes_the_two_sides_and_has_the_rest(maps):
+    class Bright(zoo.Tokenizer):
+        info = zoo.create_tokenizer("aurora-tiny").info
+
+        def __init__(self):
+            super().__init__(None)
+            self.weight = torch.nn.Parameter(torch.ones(2))
+
+        def _encode_image(self, images):
+            return self.weight * images.mean((2, 3))
+
+        def _encode_text(self, texts):
+            return self.weight * torch.tensor([[float(len(text)), 0.0] for text in texts])
+
+    made = Bright()
+    torch.testing.assert_close(made.encode_image(maps), torch.full((3, 2), 0.5**0.5))
+    assert made.encode_text(["a", "bcd"]).tolist() == [[1, 0], [1, 0]]
+    assert made.similarity(maps, ["a", "b"]).shape == (3, 2)
+    assert not made.similarity(maps, ["a"]).requires_grad
+    with pytest.raises(ZooError, match="takes a list of at least one text, got 'a cube'"):
+        made.encode_text("a cube")
+    with pytest.raises(ZooError, match="values from 255"):
+        made.encode_image(torch.full((1, 1, 64, 64), 255.0))
+
+
 def test_tokens_survive_a_file(tmp_path):
     tokens = Tokens(
         ids={"semantic": torch.arange(12).view(1, 6, 2)},

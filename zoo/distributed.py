@@ -54,6 +54,18 @@ def rows_of_all_ranks(rows: Tensor, index: Tensor) -> Tensor:
     return sum_over_ranks(found.where(own.view(-1, *[1] * (rows.ndim - 1)), 0))[0]
 
 
+def on_first_rank(items: list) -> list | None:
+    """The lists of all ranks, one rank after the other, on the first rank, and None on the others.
+
+    Items are anything that can be pickled, tensors on the CPU; ranks may have different numbers of them.
+    """
+    if world_size() == 1:
+        return items
+    lists = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(items, lists)
+    return lists and [item for one in lists for item in one]
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(context, rows: Tensor) -> Tensor:

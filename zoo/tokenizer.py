@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
@@ -238,15 +239,51 @@ class ImageReader(nn.Module):
     def _features(self, images: Tensor) -> Tensor:
         raise ZooError(f"{self.info.name} has no features for understanding; it encodes and decodes only.")
 
+    @torch.no_grad()
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] to embeddings (B, D), L2-normalised, where the system has a text side."""
+        return F.normalize(self._encode_image(self.check_images(images)), dim=-1)
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """K texts to embeddings (K, D) in the space of encode_image, L2-normalised.
+
+        Raises ZooError for what is no list of texts, or a text that is too long.
+        """
+        return F.normalize(self._encode_text(self.check_texts(texts)), dim=-1)
+
+    @torch.no_grad()
+    def similarity(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """`logits` (B, K) of images (B, C, H, W) in [0, 1] and K texts."""
+        return self.logits(self.encode_image(images), self.encode_text(texts))
+
+    def logits(self, images: Tensor, texts: Tensor) -> Tensor:
+        """How well embeddings (B, D) and (K, D) fit, (B, K): their cosine, where a system has not learned a scale."""
+        return images @ texts.T
+
+    def _encode_image(self, images: Tensor) -> Tensor:
+        raise ZooError(f"{self.info.name} has no text side; its images have no embedding to compare with texts.")
+
+    def _encode_text(self, texts: Sequence[str]) -> Tensor:
+        raise ZooError(f"{self.info.name} has no text side; it reads images only.")
+
+    def check_texts(self, texts: Sequence[str]) -> Sequence[str]:
+        """The texts; ZooError when they are no list of at least one."""
+        listed = isinstance(texts, Sequence) and not isinstance(texts, str)
+        if not (listed and texts and all(isinstance(text, str) for text in texts)):
+            raise ZooError(f"{self.info.name} takes a list of at least one text, got {texts!r}.")
+        return texts
+
     def extra_repr(self) -> str:
         return f"name={self.info.name!r}"
 
 
 class Tokenizer(ImageReader):
-    """Base of all tokenizers. A system sets `info` and writes `_encode`, `_decode` and, if it has them, `_features`.
+    """Base of all tokenizers. A system sets `info` and writes `_encode`, `_decode` and, if it has them, `_features`,
+    and `_encode_image` and `_encode_text`, which give embeddings before they are normalised.
 
-    `encode`, `decode`, `reconstruct` and `features` are the public, checked and gradient-free side; training goes
-    through the system's own forward.
+    `encode`, `decode`, `reconstruct`, `features` and what has to do with texts are the public, checked and
+    gradient-free side; training goes through the system's own forward.
     """
 
     info: TokenizerInfo

@@ -115,7 +115,7 @@ def test_the_report_is_complete(folder, tmp_path, monkeypatch, capsys):
         "encode",
         "dtype",
         "seed",
-        "round_to_bytes",
+        "stored_as",
         "metrics",
         "limit",
     ):
@@ -166,12 +166,35 @@ def test_an_embedding_has_tokens_and_speed_only(folder, tmp_path):
     assert not row["missing"]
 
 
-def test_rounding_to_bytes_is_applied_and_recorded(folder, tmp_path):
-    plain = evaluate(folder, tmp_path, "~metrics.auto.pixels.fd")
-    rounded = evaluate(folder, tmp_path, "~metrics.auto.pixels.fd", "round_to_bytes=true")
-    assert rounded["protocol"]["round_to_bytes"]
-    assert rounded["rows"][0]["metrics"]["psnr"] == plain["rows"][0]["metrics"]["psnr"]  # 17 k / 255 is a byte
-    assert rounded["rows"][1]["metrics"]["psnr"] != plain["rows"][1]["metrics"]["psnr"]
+def test_reconstructions_are_scored_as_the_files_that_hold_them(folder, tmp_path):
+    plain, png, jpeg = (
+        evaluate(folder, tmp_path, "~metrics.auto.pixels.fd", f"stored_as={form}") for form in ("null", "png", "jpeg")
+    )
+    assert [one["protocol"]["stored_as"] for one in (plain, png, jpeg)] == [None, "png", "jpeg"]
+    assert png["rows"][0]["metrics"]["psnr"] == plain["rows"][0]["metrics"]["psnr"]  # 17 k / 255 is a byte
+    assert png["rows"][1]["metrics"]["psnr"] != plain["rows"][1]["metrics"]["psnr"]
+    assert jpeg["rows"][0]["metrics"]["psnr"] != plain["rows"][0]["metrics"]["psnr"]
+
+
+class Perfect(Mosaic):
+    """Gives the images back as they are."""
+
+    def _encode(self, images, keep=16):
+        self.seen = images
+        return super()._encode(images, keep)
+
+    def _decode(self, tokens):
+        return self.seen
+
+
+zoo.register_tokenizer("perfect", zoo.Preset(Perfect, MosaicConfig(), "for tests"))
+
+
+def test_a_frechet_distance_compares_two_folders_of_files(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("zoo.metrics.frechet.load_tokenizer", zoo.create_tokenizer)
+    ours, _ = evaluate(folder, tmp_path, "stored_as=jpeg", tokenizer="perfect")["rows"]
+    assert ours["metrics"]["psnr"] < 50  # of the file against the crop
+    assert ours["metrics"]["fd[mosaic-latents]"] == pytest.approx(0, abs=1e-6)
 
 
 def test_two_ranks_report_what_one_rank_reports(folder, tmp_path):
@@ -211,6 +234,7 @@ def test_two_ranks_report_what_one_rank_reports(folder, tmp_path):
         (["dtype=float33"], "dtype must be one of float32"),
         (["limit=0"], "limit must be an integer of at least 1, got 0"),
         (["baseline=perhaps"], "baseline must be true or false"),
+        (["stored_as=gif"], "stored_as must be one of png, jpeg, got 'gif'"),
         (["device=abacus"], "abacus"),
         (["weights=nowhere.safetensors"], "nowhere.safetensors does not exist"),
         (["tokenizer=mosaik"], "did you mean mosaic"),

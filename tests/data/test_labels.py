@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from zoo import ZooError
-from zoo.data.labels import ATTRIBUTES, values_present
+from zoo.data.labels import ATTRIBUTES, class_field, values_present
 
 
 def test_values_present_are_those_of_any_object():
@@ -14,3 +14,11 @@ def test_values_present_are_those_of_any_object():
     assert not torch.any(found[1])
     with pytest.raises(ZooError, match="no field 'objects'"):
         values_present({}, "shape")
+
+
+def test_classes_are_numbers():
+    assert class_field({"class": [2, 0]}).tolist() == [2, 0]
+    with pytest.raises(ZooError, match=r"must hold numbers .* got 'cat'"):
+        class_field({"class": ["cat", "dog"]})
+    with pytest.raises(ZooError, match="no field 'class'"):
+        class_field({"image": 0})

@@ -200,3 +200,14 @@ def test_a_tar_file_without_samples_is_refused(tmp_path):
     path = write_tar(tmp_path / "a.tar", [])
     with pytest.raises(ZooError, match=r"no samples in .*a\.tar"):
         Loader(path, batch_size=1)
+
+
+def test_the_class_of_a_file_is_the_number_of_its_sub_folder(tmp_path):
+    for name in ("dog/b.png", "cat/deep/a.png", "cat/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (batch,) = Loader(folder(tmp_path), batch_size=4, fields=["class"])
+    assert (batch["key"], batch["class"]) == (["cat/c.png", "cat/deep/a.png", "dog/b.png"], [0, 0, 1])
+    Image.new("RGB", (4, 4)).save(tmp_path / "flat.png")
+    with pytest.raises(ZooError, match="no 'class'"):
+        list(Loader(folder(tmp_path), batch_size=4, fields=["class"]))

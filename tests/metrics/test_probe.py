@@ -1,7 +1,10 @@
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from zoo.metrics.probe import linear_probe, probe_classes
+from zoo.metrics.probe import linear_probe, most_frequent, probe, probe_classes
 
 DRAWN = torch.Generator().manual_seed(0)
 
@@ -45,3 +48,24 @@ def test_a_feature_that_never_varies_does_no_harm():
         torch.cat([draw(4, 3), torch.full((4, 1), 7.0)], 1),
     )
     assert linear_probe(train, train[:, :1], test).isfinite().all()
+
+
+def test_several_things_are_read_off_by_one_map_and_scored_by_their_kind():
+    train, test = draw(200, 3), draw(50, 3)
+    facts = {
+        "side": lambda rows: (rows[:, 0] > 0).long(),
+        "signs": lambda rows: torch.stack([rows[:, 1] > 0, rows[:, 0] < 9], 1),  # the second is always there
+        "noise": lambda rows: torch.stack([(1e3 * rows[:, 2]).long() % 2 == 0], 1),
+        "same": lambda rows: torch.ones(len(rows), 1).bool(),
+    }
+    learned, expected = ({name: fact(rows) for name, fact in facts.items()} for rows in (train, test))
+    found = probe(train, learned, test, expected)
+    assert found["side"] > 0.9
+    assert found["signs"] > 0.95
+    assert 0.3 < found["noise"] < 0.7
+    assert math.isnan(found["same"])
+    guess = linear_probe(train, torch.cat([F.one_hot(learned["side"]), *list(learned.values())[1:]], 1), test)[:, 2]
+    above = guess[expected["signs"][:, 0], None] > guess[~expected["signs"][:, 0]]
+    assert found["signs"] == pytest.approx(above.double().mean().item())  # the area under the curve
+    most = learned["side"].double().mean().round()
+    assert most_frequent(learned, expected) == {"side": (expected["side"] == most).double().mean().item()}

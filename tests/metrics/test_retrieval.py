@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from zoo.metrics.retrieval import Retrieval, recall_at
+from zoo.metrics.retrieval import Retrieval, chance_at, recall_at
 
 
 def test_recall_counts_the_queries_whose_own_candidate_is_near_enough():
@@ -31,3 +31,12 @@ def test_both_directions_are_told_apart():
     metric = Retrieval(ks=(1,))
     metric.update(images, texts, ["a", "b"])
     assert metric.compute() == {"image_to_text_recall@1": 1, "text_to_image_recall@1": 0.5}
+
+
+def test_chance_is_what_random_orders_find():
+    relevant = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 0, 0]]).bool()
+    draws = torch.rand(20_000, 1, 5, generator=torch.Generator().manual_seed(0)).expand(-1, 2, -1)
+    for k in (1, 2, 4, 5, 9):
+        found = torch.stack([recall_at(draw, relevant, k) for draw in draws[:2000]]).mean()
+        assert chance_at(relevant, k).item() == pytest.approx(found.item(), abs=0.03)
+    assert chance_at(relevant, 1).item() == pytest.approx((2 / 5 + 1 / 5) / 2)

@@ -1,4 +1,4 @@
-"""What the commands that measure or write much share: devices, resumable folders, protocols, checks of fields."""
+"""What the commands that measure or write much share: devices, folders, protocols, tables, checks of fields."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -14,11 +14,22 @@ from pathlib import Path
 import torch
 from lightning.fabric import Fabric
 from omegaconf import DictConfig
+from rich.table import Table
 
+from zoo.data import Loader
 from zoo.errors import ZooError
+from zoo.metrics.base import Row
 from zoo.weights import sha256_of
 
+ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
+COLUMNS = 4
+"""Rows of the report side by side in one table, which then fits 100 characters."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PREPARATION = {
+    "resize": "shorter side to data.image_size, bicubic with antialiasing (depth: nearest)",
+    "crop": "center",
+}
+"""Of images, for a protocol."""
 
 
 def start(cfg: DictConfig) -> Fabric:
@@ -64,6 +75,43 @@ def about_the_run(fabric: Fabric) -> dict:
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | {name: version(p) for name, p in packages.items()},
     }
+
+
+def limited(loader: Loader, limit: int) -> Iterator[dict]:
+    """This rank's part of the first `limit` images of all ranks."""
+    share = loader.dataset
+    if share.total is None:
+        raise ZooError("limit needs data whose number of images is known: a folder, or shards that are local files.")
+    left = min(share.end, limit) - share.begin
+    for batch in loader if left > 0 else ():
+        yield {name: values[:left] for name, values in batch.items()}
+        left -= len(batch["key"])
+        if left <= 0:
+            break
+
+
+def table(title: str, entries: list[dict], rows: Mapping[str, Row]) -> Table:
+    """One line for each measure, one column for each row of the report; the best of a line is bold."""
+    table = Table(title=title)
+    table.add_column("")
+    for entry in entries:
+        table.add_column(label(entry["name"], entry["settings"]), justify="right")
+    for row in rows.values():
+        values = [entry["metrics"].get(row.name) for entry in entries]
+        known = [value for value in values if value is not None]
+        best = {"higher": max, "lower": min}[row.better](known) if row.better and len(known) > 1 else None
+        cells = []
+        for entry, value in zip(entries, values, strict=True):
+            if value is None:
+                cells.append("missing" if row.name in entry["missing"] else "")
+            else:
+                cells.append(f"[bold]{value:{row.format}}[/]" if value == best else f"{value:{row.format}}")
+        table.add_row(row.title.replace("[", r"\[") + ARROWS[row.better], *cells)
+    return table
+
+
+def label(name: str, settings: dict) -> str:
+    return "\n".join([name, *(f"{setting} {value}" for setting, value in settings.items())])
 
 
 def expect_one_of(cfg: DictConfig, name: str, known: Iterable) -> None:

@@ -1,4 +1,4 @@
-"""`zoo evaluate`: how much of an image a tokenizer keeps, with how many tokens, at which speed."""
+"""`zoo evaluate`: how much of an image a tokenizer keeps, with how many tokens, at which speed; what it understands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,19 +21,32 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from zoo.commands import cli
-from zoo.commands.common import DTYPES, about_file, about_the_run, expect_integer, expect_one_of, start
-from zoo.data import Loader
+from zoo.commands.common import (
+    COLUMNS,
+    DTYPES,
+    PREPARATION,
+    about_file,
+    about_the_run,
+    expect_integer,
+    expect_one_of,
+    label,
+    limited,
+    start,
+    table,
+)
+from zoo.commands.understanding import TASKS, understanding
 from zoo.errors import ZooError, nearest
 from zoo.metrics.base import Row
 from zoo.metrics.cost import Cost, timed
+from zoo.metrics.frechet import FrechetDistance
 from zoo.metrics.pictures import draw_rate_distortion, draw_reconstructions
+from zoo.metrics.storage import FORMATS
 from zoo.metrics.thumbnail import ThumbnailSize, thumbnail
 from zoo.metrics.tokens import TokenStatistics, numbers
 from zoo.registry import load_tokenizer, weights_path
 from zoo.tokenizer import Tokenizer, TokenizerInfo, Tokens
 from zoo.weights import MissingWeights
 
-ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
 SWEPT = {
     "tokens_mean": "tokens",
     "tokens_p10": "10 %",
@@ -43,8 +56,6 @@ SWEPT = {
     "psnr": "PSNR, dB",
 }
 """Measures of the table that has one line for each setting, and what they are called there."""
-COLUMNS = 4
-"""Rows of the report side by side in one table, which then fits 100 characters."""
 
 
 class Entry:
@@ -75,9 +86,9 @@ class Entry:
         for metric in (*self.metrics, *self.statistics):
             metric.to(device)
 
-    def score(self, reconstructions: Tensor, images: Tensor, keys: list[str]) -> None:
+    def score(self, reconstructions: Tensor, images: Tensor, stored: Tensor, keys: list[str]) -> None:
         for metric in self.metrics:
-            metric.update(reconstructions, images, keys)
+            metric.update(reconstructions, stored if isinstance(metric, FrechetDistance) else images, keys)
 
     def report(self) -> dict:
         """Its numbers over all ranks; None for one that cannot be given, with the reason under "missing"."""
@@ -98,13 +109,26 @@ class Entry:
 
 
 def evaluate(cfg: DictConfig) -> dict:
+    """What cfg.task asks for; returns the report that is also written to output_dir."""
+    expect_one_of(cfg, "task", ("reconstruction", *TASKS))
+    check(cfg)
+    return reconstruction(cfg) if cfg.task == "reconstruction" else understanding(cfg)
+
+
+def reconstruction(cfg: DictConfig) -> dict:
     """Score a tokenizer on a data set; returns the report that is also written to output_dir.
 
-    What is scored is exactly the crop that went into the tokenizer. Every rank takes its share of the images and
-    returns the same report; the first writes metrics.json and reconstructions.png and prints the table.
+    What is scored is the reconstruction against exactly the crop that went into the tokenizer. With stored_as it is
+    what a file in that format gives back of the reconstruction, and a Frechet distance then compares the crops with it
+    in the same format, as two folders of files do. Every rank takes its share of the images and returns the same
+    report; the first writes metrics.json and reconstructions.png and prints the table.
     Raises ZooError for what is wrong in the configuration.
     """
-    check(cfg)
+    if cfg.get("encoder"):
+        raise ZooError(
+            f"{cfg.encoder.name} is an encoder, which reconstructs nothing; use task=zeroshot or task=probe, or say "
+            "tokenizer=NAME."
+        )
     overrides = cli.changed_fields(cfg.tokenizer)
     tokenizer = load_tokenizer(cfg.tokenizer.name, weights=cfg.weights, **overrides)
     info = tokenizer.info
@@ -134,7 +158,7 @@ def evaluate(cfg: DictConfig) -> dict:
         if first is None:  # no first call is timed
             for entry, _ in pairs:
                 through(tokenizer, images, entry.settings)
-        results = [step(tokenizer, images, keys, *pair, cfg.round_to_bytes) for pair in pairs]
+        results = [step(tokenizer, images, keys, *pair, cfg.stored_as) for pair in pairs]
         first = first or (images, results)
 
     rows = [entry.report() for entry in entries]
@@ -153,7 +177,7 @@ def evaluate(cfg: DictConfig) -> dict:
     return report
 
 
-def step(tokenizer, images: Tensor, keys: list[str], entry: Entry, baseline: Entry | None, round_to_bytes: bool):
+def step(tokenizer, images: Tensor, keys: list[str], entry: Entry, baseline: Entry | None, stored_as: str | None):
     """Measure one batch under one setting. Returns its tokens, and reconstructions by label."""
     tokens, output, encode_seconds, decode_seconds = through(tokenizer, images, entry.settings)
     entry.statistics[0].update(tokens)
@@ -162,10 +186,12 @@ def step(tokenizer, images: Tensor, keys: list[str], entry: Entry, baseline: Ent
     if baseline:
         outputs[baseline], used = thumbnail(images, numbers(tokens))
         baseline.statistics[0].update(used)
-    if round_to_bytes:
-        outputs = {one: (output * 255).round() / 255 for one, output in outputs.items()}
+    stored = images
+    if stored_as:
+        outputs = {one: FORMATS[stored_as](output) for one, output in outputs.items()}
+        stored = FORMATS[stored_as](images)
     for one, output in outputs.items():
-        one.score(output, images, keys)
+        one.score(output, images, stored, keys)
     return tokens, {label(one.name, one.settings): output for one, output in outputs.items()}
 
 
@@ -181,9 +207,10 @@ def through(tokenizer: Tokenizer, images: Tensor, settings: dict) -> tuple[Token
 def check(cfg: DictConfig) -> None:
     """Raise ZooError where a field of conf/evaluate.yaml is not of its kind."""
     expect_one_of(cfg, "dtype", DTYPES)
-    for name in ("baseline", "round_to_bytes"):
-        if type(cfg[name]) is not bool:
-            raise ZooError(f"{name} must be true or false, got {cfg[name]!r}.")
+    if cfg.stored_as is not None:
+        expect_one_of(cfg, "stored_as", FORMATS)
+    if type(cfg.baseline) is not bool:
+        raise ZooError(f"baseline must be true or false, got {cfg.baseline!r}.")
     for name, least in (("limit", 1), ("pictures", 0)):
         if cfg[name] is not None:
             expect_integer(cfg, name, least)
@@ -206,32 +233,19 @@ def combinations(encode: DictConfig, tokenizer: Tokenizer) -> list[dict]:
     return [dict(zip(settings, chosen, strict=True)) for chosen in itertools.product(*values)]
 
 
-def limited(loader: Loader, limit: int) -> Iterator[dict]:
-    """This rank's part of the first `limit` images of all ranks."""
-    share = loader.dataset
-    if share.total is None:
-        raise ZooError("limit needs data whose number of images is known: a folder, or shards that are local files.")
-    left = min(share.end, limit) - share.begin
-    for batch in loader if left > 0 else ():
-        yield {name: values[:left] for name, values in batch.items()}
-        left -= len(batch["key"])
-        if left <= 0:
-            break
-
-
 def protocol(cfg: DictConfig, source: dict, overrides: dict, metrics: dict) -> dict:
     """All that decides the numbers: reports whose protocols are equal can be compared."""
     return {
+        "task": "reconstruction",
         "tokenizer": cfg.tokenizer.name,
         "overrides": overrides,
         "weights": about_file(weights_path(cfg.tokenizer.name, cfg.weights)),
         "encode": OmegaConf.to_container(cfg.encode, resolve=True),
         "data": source,
         "split": "train" if source.get("val") is None else "val",
-        "resize": "shorter side to data.image_size, bicubic with antialiasing (depth: nearest)",
-        "crop": "center",
+        **PREPARATION,
         "scored": "the crop that went into the tokenizer against its reconstruction, clamped to [0, 1]",
-        "round_to_bytes": cfg.round_to_bytes,
+        "stored_as": cfg.stored_as,
         "thumbnail": "bicubic, with as many numbers as ids or latent values, each kept as a 32-bit float",
         "metrics": metrics,
         "limit": cfg.limit,
@@ -251,8 +265,10 @@ def write(report: dict, rows: dict[str, Row], images: Tensor, results: list, cfg
             outputs = {name: output[: cfg.pictures] for name, output in outputs.items()}
             draw_reconstructions(path, images[: cfg.pictures], outputs, tokens[: cfg.pictures])
     console = Console(highlight=False)
+    about, (height, width) = report["protocol"], report["protocol"]["image_size"]
+    title = f"{about['tokenizer']}: {about['images']} images of {height} x {width} pixels"
     for i in range(0, len(report["rows"]), COLUMNS):
-        console.print(table(report["rows"][i : i + COLUMNS], rows, report["protocol"]))
+        console.print(table(title, report["rows"][i : i + COLUMNS], rows))
     if len(results) > 1:
         console.print(sweep_table(report["rows"], rows))
         if "psnr" in rows:
@@ -261,27 +277,6 @@ def write(report: dict, rows: dict[str, Row], images: Tensor, results: list, cfg
         for name, reason in entry["missing"].items():
             console.print(f"{rows[name].title if name in rows else name}: {reason}", soft_wrap=True, markup=False)
     console.print(f"metrics.json and pictures are in {folder}", soft_wrap=True)
-
-
-def table(entries: list[dict], rows: dict[str, Row], protocol: dict) -> Table:
-    """One line for each measure, one column for each row of the report; the best of a line is bold."""
-    height, width = protocol["image_size"]
-    table = Table(title=f"{protocol['tokenizer']}: {protocol['images']} images of {height} x {width} pixels")
-    table.add_column("")
-    for entry in entries:
-        table.add_column(label(entry["name"], entry["settings"]), justify="right")
-    for row in rows.values():
-        values = [entry["metrics"].get(row.name) for entry in entries]
-        known = [value for value in values if value is not None]
-        best = {"higher": max, "lower": min}[row.better](known) if row.better and len(known) > 1 else None
-        cells = []
-        for entry, value in zip(entries, values, strict=True):
-            if value is None:
-                cells.append("missing" if row.name in entry["missing"] else "")
-            else:
-                cells.append(f"[bold]{value:{row.format}}[/]" if value == best else f"{value:{row.format}}")
-        table.add_row(row.title.replace("[", r"\[") + ARROWS[row.better], *cells)
-    return table
 
 
 def sweep_table(entries: list[dict], rows: dict[str, Row]) -> Table:
@@ -315,10 +310,6 @@ def draw_sweep(path: Path, entries: list[dict], rows: dict[str, Row]) -> None:
         if metrics["psnr"] is not None:
             curves.setdefault(entry["name"], []).append((metrics["numbers"], metrics["psnr"], text))
     draw_rate_distortion(path, curves, (rows["numbers"].title, rows["psnr"].title))
-
-
-def label(name: str, settings: dict) -> str:
-    return "\n".join([name, *(f"{setting} {value}" for setting, value in settings.items())])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Data: the embedded scenes, photographs, image folders and webdataset shards, as batches to train and evaluate on."""
 
 from zoo.data.datamodule import ZooDataModule
-from zoo.data.loader import Loader, read_all
+from zoo.data.loader import Loader, joined, read_all
 from zoo.data.sources import folder, photos, scenes, shards
 
-__all__ = ["Loader", "ZooDataModule", "folder", "photos", "read_all", "scenes", "shards"]
+__all__ = ["Loader", "ZooDataModule", "folder", "joined", "photos", "read_all", "scenes", "shards"]

@@ -12,10 +12,13 @@ ATTRIBUTES = {"color": COLOR_NAMES, "material": MATERIALS, "shape": SHAPES, "siz
 
 
 def class_field(batch: dict) -> Tensor:
-    """(B,) int64: the field "class" of the samples."""
+    """(B,) int64: the field "class" of the samples. Raises ZooError when it is not there, or no number."""
     if "class" not in batch:
         raise ZooError(f"the batch has no field 'class' to train on, but {sorted(batch)}; add it to data.fields.")
-    return torch.as_tensor(batch["class"])
+    try:
+        return torch.as_tensor(batch["class"])
+    except (TypeError, ValueError) as error:
+        raise ZooError(f"the field 'class' must hold numbers 0, 1, ..., got {batch['class'][0]!r}.") from error
 
 
 def objects_of(batch: dict) -> list[list[dict]]:

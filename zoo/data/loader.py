@@ -379,13 +379,16 @@ class TrainingBatches(Batches):
 
 def read_all(sources, fields: Sequence[str], image_size: int | None = None) -> dict:
     """Every sample of some sources as one batch; numbers become tensors as well."""
-    batches = list(Loader(sources, batch_size=64, fields=fields, image_size=image_size))
+    whole = joined(list(Loader(sources, batch_size=64, fields=fields, image_size=image_size)))
+    return {name: torch.tensor(one) if isinstance(one[0], (int, float)) else one for name, one in whole.items()}
+
+
+def joined(batches: Sequence[dict]) -> dict:
+    """Batches of the same fields, tensors and lists, as one."""
     whole = {}
     for name, first in batches[0].items():
         parts = [batch[name] for batch in batches]
         whole[name] = torch.cat(parts) if isinstance(first, torch.Tensor) else [one for part in parts for one in part]
-        if isinstance(whole[name][0], (int, float)):
-            whole[name] = torch.tensor(whole[name])
     return whole
 
 

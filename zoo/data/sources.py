@@ -72,12 +72,16 @@ class Indexed(Source):
 
 @dataclass(eq=False)
 class Files(Indexed):
-    """One sample a file, named by its path below `root`; `extra` are further members of some of them."""
+    """One sample a file, named by its path below `root`; `extra` are further members of some of them.
+
+    classes: folders right below the root; the class of a file is the number of the one that it is in.
+    """
 
     root: Path
     names: list[str]
     suffix: Callable[[str], str]
     extra: dict[str, dict[str, str]] = field(default_factory=dict)
+    classes: list[str] = field(default_factory=list)
 
     @cached_property
     def sizes(self) -> np.ndarray:
@@ -92,6 +96,8 @@ class Files(Indexed):
             }
         except OSError as error:
             raise BadSample(str(self.root / name), error.strerror or str(error)) from None
+        if self.classes:
+            raw["cls"] = str(self.classes.index(Path(name).parts[0])).encode()
         return raw | {"__key__": name, "__url__": str(self.root)}
 
 
@@ -196,7 +202,8 @@ def shards(urls: str | Sequence[str], weight: float | None = None, depth: str = 
 
 
 def folder(path: str | Path, modality: str = "image", weight: float | None = None) -> Source:
-    """Every image file below a folder, by name.
+    """Every image file below a folder, by name. Where each is in a sub-folder, the number of that among the sorted ones
+    is its "class".
 
     modality="depth" takes them as depth maps: the first channel as it is, high is near, squashed to the size without
     mixing pixels (the preparation of AURORA's training data).
@@ -215,7 +222,10 @@ def folder(path: str | Path, modality: str = "image", weight: float | None = Non
     if not names:
         raise ZooError(f"no images in or below {root}: looked for {', '.join(IMAGE_SUFFIXES)}")
     depth = modality == "depth"
-    return Files(root, sorted(names), _depth_suffix if depth else _suffix, weight=weight, squash=depth)
+    inside = all(Path(name).parent.name for name in names)
+    classes = sorted({Path(name).parts[0] for name in names}) if inside else []
+    suffix = _depth_suffix if depth else _suffix
+    return Files(root, sorted(names), suffix, classes=classes, weight=weight, squash=depth)
 
 
 def photos(fields: Sequence[str] = ("image",)) -> Source:

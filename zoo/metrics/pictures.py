@@ -1,7 +1,9 @@
 """The picture of an evaluation: what went in, what came out, where they differ, and the tokens between."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 import torch
 from matplotlib import colormaps
@@ -46,6 +48,26 @@ def draw_reconstructions(path: Path, images: Tensor, columns: dict[str, Tensor],
             axis.spines[:].set_visible(False)
             if i == 0:
                 axis.set_title(name, fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def draw_ranking(
+    path: Path, images: Tensor, scores: Tensor, relevant: Tensor, texts: Sequence[str], count: int
+) -> None:
+    """Write a PNG with one image a line and beside it the texts that score highest, the right ones with a tick.
+
+    images: (B, C, H, W) in [0, 1]; scores (M, K) and relevant (M, K) bool of M >= B images, these first, and K texts.
+    """
+    figure = Figure((8.5, 1.25 * len(images) + 0.2), layout="constrained")
+    axes = figure.subplots(len(images), 2, squeeze=False, width_ratios=(1, 6))
+    for i, (picture, words) in enumerate(axes):
+        picture.imshow(*_shown(images[i].float().cpu()), vmin=0, vmax=1, interpolation="nearest")
+        for place, k in enumerate(scores[i].topk(min(count, len(texts))).indices.tolist()):
+            mark, colour = ("✓", "tab:green") if relevant[i, k] else ("  ", "0.35")
+            line = fill(f"{mark} {scores[i, k]:.3f}  {texts[k]}", 110, subsequent_indent=" " * 14)
+            words.text(0, 1 - (place + 0.5) / count, line, color=colour, fontsize=7, va="center")
+        for axis in (picture, words):
+            axis.set_axis_off()
     figure.savefig(path, dpi=110)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Shares of the mean variance of a feature that are tried as the penalty of a probe."""
@@ -48,3 +50,35 @@ def _fits(train: Tensor, targets: Tensor, test: Tensor, ridges: Sequence[float])
 def probe_classes(train: Tensor, labels: Tensor, test: Tensor) -> Tensor:
     """Classes (M,) of test rows (M, D) by a linear probe on train rows (N, D) with labels (N,) 0, 1, ..."""
     return linear_probe(train, F.one_hot(labels), test).argmax(1)
+
+
+def probe(
+    train: Tensor, learned: Mapping[str, Tensor], test: Tensor, expected: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """How well each of several things is read off test rows (M, D) by one linear map that is fitted on rows (N, D).
+
+    learned and expected, by name: classes (N,) and (M,) int64, or (N, K) and (M, K) bool, what each row has. Returns
+    the accuracy of classes, and of what rows have the area under the ROC curve, averaged over those of the K that some
+    test rows have and others have not (0.5: chance); NaN where there is none.
+    """
+    columns = {name: F.one_hot(one) if one.ndim == 1 else one.long() for name, one in learned.items()}
+    guesses = linear_probe(train, torch.cat(list(columns.values()), 1), test)
+    guesses = guesses.split([one.shape[1] for one in columns.values()], dim=1)
+    measure = {name: _accuracy if one.ndim == 1 else _auroc for name, one in learned.items()}
+    return {name: measure[name](guess, expected[name]) for name, guess in zip(columns, guesses, strict=True)}
+
+
+def most_frequent(learned: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """Accuracy of one who always says the most frequent class that was learned; targets as for `probe`."""
+    classes = {name: one.mode().values for name, one in learned.items() if one.ndim == 1}
+    return {name: (expected[name] == one).double().mean().item() for name, one in classes.items()}
+
+
+def _accuracy(scores: Tensor, right: Tensor) -> float:
+    return (scores.argmax(1) == right).double().mean().item()
+
+
+def _auroc(scores: Tensor, right: Tensor) -> float:
+    pairs = zip(scores.unbind(1), right.unbind(1), strict=True)
+    areas = [binary_auroc(score, one.long()).item() for score, one in pairs if one.any() and not one.all()]
+    return sum(areas) / len(areas) if areas else math.nan

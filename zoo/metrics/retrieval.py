@@ -20,6 +20,23 @@ def recall_at(similarity: Tensor, relevant: Tensor, k: int) -> Tensor:
     return (ahead < k).double().mean()
 
 
+def chance_at(relevant: Tensor, k: int) -> Tensor:
+    """Expected recall at k of one who puts the candidates in random order; relevant as for recall_at."""
+    candidates, missed = relevant.shape[1], torch.ones(len(relevant), dtype=torch.float64)
+    for drawn in range(min(k, candidates)):
+        missed *= ((~relevant).sum(1) - drawn).clamp(min=0) / (candidates - drawn)
+    return 1 - missed.mean()
+
+
+def recalls(similarity: Tensor, relevant: Tensor, ks: Sequence[int]) -> dict[str, Tensor]:
+    """Recall at each k of image to text and of text to image.
+
+    similarity (B, B') float of images and texts, relevant (B, B') bool; returns {"image_to_text_recall@1": ...}.
+    """
+    sides = {"image_to_text": (similarity, relevant), "text_to_image": (similarity.T, relevant.T)}
+    return {f"{side}_recall@{k}": recall_at(*pair, k) for side, pair in sides.items() for k in ks}
+
+
 class Retrieval(Metric):
     """Recall at k of image to text and of text to image over all pairs that were added.
 
@@ -43,9 +60,7 @@ class Retrieval(Metric):
     def compute(self) -> dict[str, Tensor]:
         """{"image_to_text_recall@1": ..., "text_to_image_recall@1": ..., ...}"""
         images, texts, captions = (dim_zero_cat(state) for state in (self.images, self.texts, self.captions))
-        similarity, relevant = images @ texts.T, captions[:, None] == captions
-        sides = {"image_to_text": similarity, "text_to_image": similarity.T}
-        return {f"{side}_recall@{k}": recall_at(scores, relevant, k) for side, scores in sides.items() for k in self.ks}
+        return recalls(images @ texts.T, captions[:, None] == captions, self.ks)
 
 
 def _number(text: str) -> int:

@@ -21,23 +21,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from torchmetrics.functional.classification import multilabel_auroc
 
 import zoo
 from zoo.data import read_all, scenes
-from zoo.data.labels import ATTRIBUTES, dominant_color, values_present
-from zoo.metrics.probe import linear_probe
+from zoo.data.questions import scene_labels
+from zoo.metrics.probe import most_frequent, probe
 
 BATCH = 64
-CLASSES = {"number of objects": lambda batch: batch["count"] - 1, "colour of the largest": dominant_color}
-"""Labels (B,) of what a picture has one of."""
 TEACHER = "siglip-tiny"
-
-
-def targets(batch: dict) -> dict[str, Tensor]:
-    """What is to be read off a picture, (B, K) of zeros and ones each."""
-    classes = {name: F.one_hot(labels(batch)) for name, labels in CLASSES.items()}
-    return classes | {f"{name}s": values_present(batch, name).long() for name in ATTRIBUTES}
 
 
 def scores(view: Callable[[Tensor], Tensor], train: dict, val: dict, mean: bool) -> dict[str, float]:
@@ -46,16 +37,11 @@ def scores(view: Callable[[Tensor], Tensor], train: dict, val: dict, mean: bool)
     for batch in (train, val):
         seen = [view(images) for images in batch["image"].split(BATCH)]
         rows.append(torch.cat([one.mean(1) if mean else one.flatten(1) for one in seen]))
-    learned, expected = targets(train), targets(val)
-    guesses = linear_probe(rows[0], torch.cat(list(learned.values()), 1), rows[1])
-    guesses = guesses.split([columns.shape[1] for columns in learned.values()], dim=1)
-    found = {}
-    for (name, right), guess in zip(expected.items(), guesses, strict=True):
-        if name in CLASSES:
-            found[name] = (guess.argmax(1) == right.argmax(1)).double().mean().item()
-        else:
-            found[name] = multilabel_auroc(guess, right, right.shape[1]).item()
-    return found
+    return probe(rows[0], targets(train), rows[1], targets(val))
+
+
+def targets(batch: dict) -> dict[str, Tensor]:
+    return {question.name: question.answers(batch) for question in scene_labels().questions}
 
 
 def main() -> None:
@@ -82,10 +68,7 @@ def main() -> None:
         for mean in (True, False)
         for name, view in track(views.items(), "probes, " + ("mean" if mean else "whole"), transient=True)
     ]
-    frequent = {name: labels(val) == labels(train).mode().values for name, labels in CLASSES.items()}
-    rows.append(
-        {"view": "always the most frequent"} | {name: hit.double().mean().item() for name, hit in frequent.items()}
-    )
+    rows.append({"view": "always the most frequent"} | most_frequent(targets(train), targets(val)))
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*(f"{v:.3f}" if type(v) is float else v for v in (row.get(key, "") for key in rows[0])))

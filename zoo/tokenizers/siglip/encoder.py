@@ -80,6 +80,7 @@ class EncoderInfo:
     licence: str = "Apache-2.0"
 
     size_multiple = None  # no other size is taken
+    input = "image"
 
 
 class SigLIPEncoder(ImageReader):
@@ -127,20 +128,11 @@ class SigLIPEncoder(ImageReader):
         """Embeddings (B, D) and (K, D) to logits (B, K), whose sigmoid is the chance that text and image are a pair."""
         return self.logit_scale.exp() * images @ texts.T + self.logit_bias
 
-    @torch.no_grad()
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to embeddings (B, D), L2-normalised. Raises ZooError for other images."""
-        return F.normalize(self.vision(to_values(self.check_images(images))), dim=-1)
+    def _encode_image(self, images: Tensor) -> Tensor:
+        return self.vision(to_values(images))
 
-    @torch.no_grad()
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Texts to embeddings (B, D), L2-normalised. Raises ZooError for what is no list of texts, or a long text."""
-        return F.normalize(self.text(self.text_ids(texts)), dim=-1)
-
-    @torch.no_grad()
-    def similarity(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """`logits` (B, K) of images (B, 3, H, W) in [0, 1] and K texts."""
-        return self.logits(self.encode_image(images), self.encode_text(texts))
+    def _encode_text(self, texts: Sequence[str]) -> Tensor:
+        return self.text(self.text_ids(texts))
 
     def _features(self, images: Tensor, layer: int | None = None) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to patch features (B, N, D).
@@ -159,10 +151,7 @@ class SigLIPEncoder(ImageReader):
 
         truncate: a text that is too long loses its end instead, as the captions of training do.
         """
-        listed = isinstance(texts, Sequence) and not isinstance(texts, str)
-        if not (listed and texts and all(isinstance(text, str) for text in texts)):
-            raise ZooError(f"{self.info.name} takes a list of at least one text, got {texts!r}.")
-        return self.text_tokenizer(texts, truncate).to(self.device)
+        return self.text_tokenizer(self.check_texts(texts), truncate).to(self.device)
 
 
 def to_values(images: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ import argparse
 import json
 import random
 from collections import Counter
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -23,10 +22,12 @@ from torch import Tensor
 
 import zoo
 from zoo.data import read_all, scenes
-from zoo.data.labels import ATTRIBUTES, COLOR_NAMES, dominant_color
-from zoo.data.render import MATERIALS, NUMBERS, ROOM_COLORS, SHAPES
+from zoo.data.labels import ATTRIBUTES, dominant_color
+from zoo.data.questions import scene_labels
+from zoo.data.render import NUMBERS, ROOM_COLORS
 from zoo.metrics.probe import probe_classes
 from zoo.metrics.retrieval import Retrieval
+from zoo.metrics.zeroshot import text_classifier
 from zoo.tokenizers.siglip.encoder import SigLIPEncoder
 from zoo.tokenizers.siglip.text import contradict, words
 from zoo.tokenizers.siglip.training import SIDES
@@ -83,12 +84,9 @@ def minds_sides(encoder: SigLIPEncoder, batch: dict) -> dict[str, float]:
 
 def named_color(encoder: SigLIPEncoder, images: Tensor) -> Tensor:
     """(B,) the colour whose texts, of one object of every material and shape, are nearest on average."""
-    texts = [
-        f"A picture of one object on a white floor: a large {color} {material} {shape}."
-        for color, material, shape in product(COLOR_NAMES, MATERIALS, SHAPES)
-    ]
-    prototypes = F.normalize(encoder.encode_text(texts).unflatten(0, (len(COLOR_NAMES), -1)).mean(1), dim=-1)
-    return (embed(encoder, images) @ prototypes.T).argmax(1)
+    (texts,) = (question.texts for question in scene_labels().questions if question.name == "colour of the largest")
+    classifier = text_classifier(torch.stack([encoder.encode_text(one) for one in texts]))
+    return (embed(encoder, images) @ classifier.T).argmax(1)
 
 
 def embed(encoder: SigLIPEncoder, images: Tensor) -> Tensor:

@@ -1,0 +1,251 @@
+"""`zoo evaluate task=zeroshot` and `task=probe`: what a tokenizer or an encoder understands of images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
+from lightning.fabric import Fabric
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from zoo.commands import cli
+from zoo.commands.common import DTYPES, PREPARATION, about_file, about_the_run, expect_one_of, limited, start, table
+from zoo.data import Loader, ZooDataModule, joined
+from zoo.data.questions import Labels, Question
+from zoo.distributed import on_first_rank
+from zoo.errors import ZooError
+from zoo.metrics.base import Row
+from zoo.metrics.pictures import draw_ranking
+from zoo.metrics.probe import most_frequent, probe
+from zoo.metrics.retrieval import chance_at, recall_at, recalls
+from zoo.metrics.zeroshot import text_classifier
+from zoo.registry import encoders, tokenizers
+from zoo.tokenizer import ImageReader
+
+KS = (1, 5)
+THUMBNAIL = 8
+"""Side in pixels of the picture that a probe is also fitted on."""
+SHOWN = 3
+"""Texts beside each image of retrieval.png."""
+
+
+def understanding(cfg: DictConfig) -> dict:
+    """What the images of cfg.data show, as cfg.labels knows it, from the embeddings or features of one reader.
+
+    Every rank reads its share of the images. The first one scores all of them in the order of the data, writes
+    metrics.json and, for task=zeroshot, retrieval.png, and prints the table; every rank returns the same report.
+    Raises ZooError for what is wrong in the configuration.
+    """
+    check(cfg)
+    registry, node = (encoders, cfg.encoder) if cfg.get("encoder") else (tokenizers, cfg.tokenizer)
+    overrides = cli.changed_fields(node, registry)
+    labels = asked(instantiate(cfg.labels), cfg.task)
+    reader = registry.load(node.name, cfg.weights, **overrides)
+    fields = [reader.info.input, *(field for question in labels.questions for field in question.fields)]
+    fields = list(dict.fromkeys([*fields, "caption"] if labels.captions else fields))
+    source = OmegaConf.to_container(cfg.data, resolve=True) | {"fields": fields}
+    data = instantiate(source)
+    fabric = start(cfg)
+    reader.to(fabric.device, DTYPES[cfg.dtype])
+
+    found = TASKS[cfg.task](cfg, fabric, reader, labels, data)
+    report = None
+    if fabric.is_global_zero:
+        protocol = {
+            "task": cfg.task,
+            registry.kind: node.name,
+            "overrides": overrides,
+            "weights": about_file(registry.weights_path(node.name, cfg.weights)),
+            "data": source,
+            "labels": OmegaConf.to_container(cfg.labels, resolve=True),
+            **PREPARATION,
+            "limit": cfg.limit,
+            "dtype": cfg.dtype,
+        }
+        about, rows, entries = found
+        report = {
+            "protocol": protocol | about,
+            "run": about_the_run(fabric),
+            "measures": {row.name: {"title": row.title, "better": row.better} for row in rows},
+            "rows": [entry(name, metrics) for name, metrics in entries.items()],
+        }
+        write(report, rows, Path(cfg.output_dir))
+    return fabric.broadcast(report)
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise ZooError where a field of conf/evaluate.yaml has nothing to do with the task, or is missing for it."""
+    expect_one_of(cfg, "pool", ("mean", "whole"))
+    for name in ("encode", "stored_as"):
+        if cfg[name]:
+            raise ZooError(f"{name} is for task=reconstruction and means nothing to task={cfg.task}; leave it out.")
+    if not cfg.get("labels"):
+        raise ZooError(
+            f"task={cfg.task} asks about images; say labels=captions where the samples have the field 'caption', or "
+            "labels=classes where they have 'class'."
+        )
+
+
+def asked(labels: Labels, task: str) -> Labels:
+    """What of the labels a task is about. Raises ZooError where there is nothing."""
+    if task == "probe":
+        if not labels.questions:
+            raise ZooError("task=probe learns from labels, and captions alone are none; use labels=classes.")
+        return Labels(labels.questions)
+    questions = [question for question in labels.questions if question.texts]
+    if not questions and not labels.captions:
+        raise ZooError("task=zeroshot needs texts; give names of classes, labels.classes, or use labels=captions.")
+    return Labels(questions, labels.captions)
+
+
+def read(cfg: DictConfig, fabric: Fabric, data: ZooDataModule, source, look: Callable[[dict], dict]) -> dict | None:
+    """What `look` makes of the batches of a source, over all ranks as one batch; None but on the first rank."""
+    loader = Loader(source, **data.options, rank=fabric.global_rank, world_size=fabric.world_size)
+    batches = loader if cfg.limit is None else limited(loader, cfg.limit)
+    silent = not fabric.is_global_zero
+    found = on_first_rank([look(batch) for batch in track(batches, "images", disable=silent, transient=True)])
+    if found == []:
+        raise ZooError(f"no image came from {source}.")
+    return found and joined(found)
+
+
+def zeroshot(cfg: DictConfig, fabric: Fabric, reader: ImageReader, labels: Labels, data: ZooDataModule):
+    """Retrieval among all images and their captions, and classes by the nearest of their texts."""
+    embedded = {q.name: embed_texts(reader, q.texts, cfg.batch_size, fabric) for q in labels.questions}
+    shown = None
+
+    def look(batch: dict) -> dict:
+        nonlocal shown
+        images = batch[reader.info.input]
+        shown = images[: cfg.pictures] if shown is None else shown
+        found = {"image": reader.encode_image(images).float().cpu()} | answers(batch, labels.questions)
+        if labels.captions:
+            found |= {"caption": batch["caption"], "text": reader.encode_text(batch["caption"]).float().cpu()}
+        return found
+
+    seen = read(cfg, fabric, data, data.train if data.val is None else data.val, look)
+    if seen is None:
+        return None
+    own, chance, rows, ranking = {}, {}, [], None
+    if labels.captions:
+        similarity, relevant = seen["image"] @ seen["text"].T, equal(seen["caption"])
+        own |= recalls(similarity, relevant, KS)
+        for name in own:
+            chance[name] = chance_at(relevant, int(name[-1]))
+            rows.append(Row(name, name.replace("_recall@", ", recall at ").replace("_", " "), "higher"))
+        ranking = similarity, relevant, seen["caption"]
+    for question in labels.questions:
+        scores = seen["image"] @ text_classifier(embedded[question.name]).T
+        relevant = F.one_hot(seen[question.name], len(question.texts)).bool()
+        for k in (k for k in KS if k < max(len(question.texts), 2)):
+            row = Row(f"top{k}/{question.name}", f"{question.name}, top {k}", "higher")
+            rows.append(row)
+            own[row.name], chance[row.name] = recall_at(scores, relevant, k), chance_at(relevant, k)
+        ranking = ranking or (scores, relevant, [texts[0] for texts in question.texts])
+    if shown is not None and len(shown):
+        Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
+        draw_ranking(Path(cfg.output_dir) / "retrieval.png", shown, *ranking, SHOWN)
+    about = {"images": len(seen["image"]), "split": "train" if data.val is None else "val"}
+    about["texts"] = {q.name: about_texts(q.texts) for q in labels.questions}
+    entries = {reader.info.name: own, "chance": chance} if cfg.baseline else {reader.info.name: own}
+    return about, rows, {name: {key: float(value) for key, value in one.items()} for name, one in entries.items()}
+
+
+def linear(cfg: DictConfig, fabric: Fabric, reader: ImageReader, labels: Labels, data: ZooDataModule):
+    """One linear map, fitted on the features of the training split, and judged on the validation split."""
+    if data.train is None or data.val is None:
+        raise ZooError(
+            f"a probe is fitted on one split and judged on another, and this data has no "
+            f"data.{'train' if data.train is None else 'val'}; give both (of a folder, data.path and data.val_path)."
+        )
+    pool = {"mean": lambda features: features.mean(1), "whole": lambda features: features.flatten(1)}[cfg.pool]
+    views = {reader.info.name: lambda images: pool(reader.features(images).float())}
+    if cfg.baseline:
+        views["thumbnail"] = lambda images: F.adaptive_avg_pool2d(images, THUMBNAIL).flatten(1)
+
+    def look(batch: dict) -> dict:
+        images = batch[reader.info.input]
+        return {name: view(images).cpu() for name, view in views.items()} | answers(batch, labels.questions)
+
+    train, val = (read(cfg, fabric, data, source, look) for source in (data.train, data.val))
+    if train is None:
+        return None
+    learned, expected = ({q.name: part[q.name] for q in labels.questions} for part in (train, val))
+    entries = {name: probe(train[name], learned, val[name], expected) for name in views}
+    if cfg.baseline:
+        entries["most frequent"] = most_frequent(learned, expected)
+    measure = {name: "accuracy" if one.ndim == 1 else "AUROC" for name, one in learned.items()}
+    rows = [Row(name, f"{name}, {measure[name]}", "higher") for name in learned]
+    about = {
+        "images": len(val[reader.info.name]),
+        "training_images": len(train[reader.info.name]),
+        "pool": cfg.pool,
+        "thumbnail": f"{THUMBNAIL} x {THUMBNAIL} pixels, averages",
+        "probe": "ridge regression, its penalty chosen on the last fifth of the training images",
+    }
+    return about, rows, entries
+
+
+TASKS = {"zeroshot": zeroshot, "probe": linear}
+
+
+def answers(batch: dict, questions: Sequence[Question]) -> dict[str, Tensor]:
+    """By question. Raises ZooError for a class that has no text, where there are texts."""
+    found = {question.name: question.answers(batch) for question in questions}
+    for question in questions:
+        low, high = (bound.item() for bound in torch.aminmax(found[question.name].long()))
+        if low < 0 or (question.texts and high >= len(question.texts)):
+            raise ZooError(
+                f"an image is of class {low if low < 0 else high}, counted from 0, and labels has names for "
+                f"{len(question.texts)} classes; give one for each."
+            )
+    return found
+
+
+def embed_texts(reader: ImageReader, texts: Sequence[Sequence[str]], size: int, fabric: Fabric) -> Tensor | None:
+    """Texts (K, T) to embeddings (K, T, D), each rank its share, `size` at once; None but on the first rank."""
+    flat = [text for one in texts for text in one]
+    begin, end = (len(flat) * r // fabric.world_size for r in (fabric.global_rank, fabric.global_rank + 1))
+    chunks = track(range(begin, end, size), "texts", disable=not fabric.is_global_zero, transient=True)
+    parts = on_first_rank([reader.encode_text(flat[i : min(i + size, end)]).float().cpu() for i in chunks])
+    return parts and torch.cat(parts).unflatten(0, (len(texts), -1))
+
+
+def equal(texts: Sequence[str]) -> Tensor:
+    """(B, B) bool: which texts are the same."""
+    places = {text: i for i, text in enumerate(texts)}
+    numbers = torch.tensor([places[text] for text in texts])
+    return numbers[:, None] == numbers
+
+
+def about_texts(texts: Sequence[Sequence[str]]) -> dict:
+    flat = "\n".join(text for one in texts for text in one)
+    return {"classes": len(texts), "templates": len(texts[0]), "sha256": hashlib.sha256(flat.encode()).hexdigest()}
+
+
+def entry(name: str, metrics: dict[str, float]) -> dict:
+    missing = {key: "no two of the images differ in this." for key, value in metrics.items() if math.isnan(value)}
+    metrics = {key: None if key in missing else value for key, value in metrics.items()}
+    return {"name": name, "settings": {}, "metrics": metrics, "missing": missing}
+
+
+def write(report: dict, rows: list[Row], folder: Path) -> None:
+    """metrics.json, and the table on the terminal."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    protocol, entries = report["protocol"], report["rows"]
+    title = f"{protocol['task']}: {entries[0]['name']}, {protocol['images']} images"
+    console = Console(highlight=False)
+    console.print(table(title, entries, {row.name: row for row in rows}))
+    for name, reason in entries[0]["missing"].items():
+        console.print(f"{name}: {reason}", soft_wrap=True, markup=False)
+    console.print(f"metrics.json{' and retrieval.png' * (protocol['task'] == 'zeroshot')} in {folder}", soft_wrap=True)
