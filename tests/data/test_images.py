@@ -6,9 +6,11 @@ import pytest
 import torch
 from data_helpers import encode
 from PIL import Image
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from zoo.data.images import Decoder, collate, to_float
+from zoo.data import images
+from zoo.data.images import Decoder, collate, random_box, to_float
 from zoo.data.sources import BadSample
 from zoo.errors import ZooError
 
@@ -102,6 +104,33 @@ def test_a_random_crop_is_a_function_of_its_seed(crop):
     assert not any(crops[0].equal(other) for other in crops[2:])
     wide = {"png": encode(Image.new("RGB", (300, 8), "red"))}  # no aspect ratio from 3/4 to 4/3 has such an area
     assert decode(wide, image_size=16, crop=crop, rng=random.Random(0)).shape == (3, 16, 16)
+
+
+def test_a_resized_crop_is_a_box_of_pixels_scaled_as_torchvision_does(monkeypatch):
+    picture = Image.fromarray(np.random.RandomState(0).randint(0, 256, (40, 56, 3)).astype(np.uint8))
+    expected = F.resized_crop(picture, 2, 5, 37, 40, [24, 24], F.InterpolationMode.BICUBIC)
+    monkeypatch.setattr(images, "random_box", lambda *arguments: (5, 2, 45, 39))
+    found = decode({"png": encode(picture)}, image_size=24, crop="resized", rng=random.Random(0))
+    np.testing.assert_array_equal(found, np.asarray(expected).transpose(2, 0, 1) / np.float32(255))
+
+
+def test_random_boxes_have_the_share_and_the_aspect_ratio_asked_for():
+    rng = random.Random(0)
+    boxes = [random_box(400, 360, (0.5, 0.9), rng) for _ in range(1000)]
+    sizes = np.array([(right - left, bottom - top) for left, top, right, bottom in boxes])
+    shares, ratios = sizes.prod(1) / (400 * 360), sizes[:, 0] / sizes[:, 1]
+    assert 0.498 < shares.min() < 0.51 < 0.89 < shares.max() < 0.902
+    assert 0.745 < ratios.min() < 0.78 < 1.3 < ratios.max() < 1.34
+    left, top, right, bottom = np.array(boxes).T
+    assert left.min() == top.min() == 0
+    assert (right.max(), bottom.max()) == (400, 360)
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 301), (300, 8), (7, 90), (1, 1)])
+def test_where_no_such_box_is_found_it_is_that_of_torchvision(size):
+    picture = Image.new("RGB", size)
+    top, left, height, width = RandomResizedCrop.get_params(picture, [0.95, 1], [3 / 4, 4 / 3])
+    assert random_box(*size, (0.95, 1), random.Random(0)) == (left, top, left + width, top + height)
 
 
 def test_stored_depth_is_taken_as_it_is_and_squashed_without_mixing():

@@ -1,11 +1,21 @@
+import pytest
 import torch
 
-from zoo.losses.adversarial import PatchDiscriminator, adaptive_weight, generator_loss, hinge_loss
+from zoo.errors import ZooError
+from zoo.losses.adversarial import (
+    PatchDiscriminator,
+    ResidualPatchDiscriminator,
+    adaptive_weight,
+    generator_loss,
+    hinge_loss,
+)
 
 
 def test_the_hinge_ends_at_one():
     real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])
     assert hinge_loss(real, fake).item() == 0.5 * (0.25 + 0.5)
+    leaky = hinge_loss(real, fake, slope=0.25)  # (-0.25 + 0.5) / 2 and (-0.5 + 1) / 2
+    assert leaky.item() == 0.5 * (0.125 + 0.25)
 
 
 def test_the_adaptive_weight_is_the_ratio_of_gradients_within_bounds():
@@ -15,6 +25,10 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_within_bounds():
     assert not weight.requires_grad
     torch.testing.assert_close(adaptive_weight(layer.sum(), 0 * layer.sum(), layer), torch.tensor(1e4))
     assert adaptive_weight(0 * layer.sum(), layer.sum(), layer) == 0
+    assert adaptive_weight(layer.sum(), 0 * layer.sum(), layer, low=0.3, high=10) == 10
+    torch.testing.assert_close(
+        adaptive_weight(0 * layer.sum(), layer.sum(), layer, low=0.3, high=10), torch.tensor(0.3)
+    )
 
 
 def test_a_factor_of_zero_leaves_pixels_and_lpips():
@@ -30,3 +44,28 @@ def test_a_factor_of_zero_leaves_pixels_and_lpips():
 
 def test_a_patch_discriminator_has_one_logit_for_each_patch():
     assert PatchDiscriminator()(torch.rand(1, 3, 256, 256)).shape == (1, 1, 30, 30)
+
+
+@pytest.mark.parametrize(("size", "grid"), [((64, 64), (8, 8)), ((37, 64), (5, 8)), ((41, 23), (6, 3))])
+def test_a_residual_discriminator_has_a_logit_for_every_eight_pixels(size, grid):
+    assert ResidualPatchDiscriminator(width=32)(torch.rand(2, 3, *size)).shape == (2, 1, *grid)
+
+
+def test_a_residual_discriminator_is_moved_everywhere_and_moves_every_pixel():
+    torch.manual_seed(0)
+    discriminator, images = ResidualPatchDiscriminator(in_channels=1, width=32), torch.rand(1, 1, 19, 16)
+    discriminator(images.requires_grad_()).square().mean().backward()
+    assert images.grad.ne(0).all()
+    assert all(p.grad.ne(0).any() for p in discriminator.parameters())
+
+
+def test_a_residual_discriminator_has_the_published_number_of_parameters():
+    assert sum(p.numel() for p in ResidualPatchDiscriminator().parameters()) == 1_729_409
+    with pytest.raises(ZooError, match="multiple of 32, got 48"):
+        ResidualPatchDiscriminator(width=48)
+
+
+def test_widths_of_a_residual_discriminator_end_at_eight_times_the_first():
+    discriminator = ResidualPatchDiscriminator(width=32, num_layers=4)
+    assert discriminator(torch.rand(1, 3, 64, 64)).shape == (1, 1, 4, 4)
+    assert not hasattr(discriminator.main[5], "nin_shortcut")

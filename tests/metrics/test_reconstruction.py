@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 import zoo
 from zoo.metrics.depth import DEPTH_ERRORS, DepthErrors, depth_errors
@@ -41,6 +42,23 @@ def test_ssim_of_constant_images_is_its_luminance_term():
     target, prediction = torch.full((1, 1, 16, 16), 0.6), torch.full((1, 1, 16, 16), 0.4)
     c = 0.01**2
     assert score(SSIM(), prediction, target)["ssim"] == pytest.approx((2 * 0.24 + c) / (0.36 + 0.16 + c), abs=1e-3)
+
+
+def test_ssim_without_borders_is_that_of_windows_within_the_picture():
+    prediction, target = torch.rand(2, 2, 3, 24, 20, generator=torch.Generator().manual_seed(0)).unbind()
+    weights = torch.exp(-torch.arange(-5.0, 6).square() / (2 * 1.5**2))
+    weights = weights[:, None] * weights / weights.sum() ** 2
+
+    def mean(values):
+        return (values * weights).sum((-2, -1))
+
+    p, t = (images.unfold(2, 11, 1).unfold(3, 11, 1) for images in (prediction, target))
+    m, n, covariance = mean(p), mean(t), mean(p * t) - mean(p) * mean(t)
+    spread = mean(p * p) - m * m + mean(t * t) - n * n
+    ssim = (2 * m * n + 1e-4) * (2 * covariance + 9e-4) / ((m * m + n * n + 1e-4) * (spread + 9e-4))
+    assert score(SSIM(borders=False), prediction, target)["ssim"] == pytest.approx(ssim.mean().item(), abs=1e-5)
+    with_borders = structural_similarity_index_measure(prediction, target, data_range=1.0)
+    assert score(SSIM(), prediction, target)["ssim"] == pytest.approx(with_borders.item(), abs=1e-6)
 
 
 def test_batches_of_any_size_give_the_mean_over_images():

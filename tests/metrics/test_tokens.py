@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from zoo.metrics.thumbnail import thumbnail, thumbnail_shape
-from zoo.metrics.tokens import TokenStatistics, numbers
+from zoo.metrics.tokens import TokenStatistics, image_entropies, numbers
 from zoo.tokenizer import TokenizerInfo, Tokens
 
 
@@ -49,6 +51,36 @@ def test_levels_and_streams_add_up():
     assert values["tokens_mean"] == 3
     assert values["numbers"] == 9
     assert values["bits"] == 3 * (2 + 2 * 4)
+
+
+def test_the_entropy_within_an_image_is_that_of_its_own_live_ids():
+    ids = torch.randint(0, 16, (5, 12, 3), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(12) < torch.tensor([0, 1, 12, 5, 9])[:, None]
+    share = torch.stack([one[live].flatten().bincount(minlength=16) for one, live in zip(ids, mask, strict=True)])
+    share = share / share.sum(1, keepdim=True).clamp(min=1)
+    expected = -(share * share.clamp(min=1e-9).log2()).sum(1)
+    torch.testing.assert_close(image_entropies(ids, mask, 16).float(), expected)
+    torch.testing.assert_close(image_entropies(ids[..., 0], mask, 16)[1:2], torch.zeros(1, dtype=torch.float64))
+
+
+def test_images_that_differ_from_each_other_have_less_entropy_than_the_data_set():
+    values = statistics(info(), Tokens({"image": torch.arange(8)[None]}), Tokens({"image": torch.zeros(3, 8).long()}))
+    assert values["image_entropy/image"] == pytest.approx(3 / 4)  # 3 bits in one of four images
+
+
+def statistics_of_rank(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    ids = torch.arange(24).view(4, 6) ** 2 % 16
+    values = statistics(info(), Tokens({"image": ids[:3] if rank == 0 else ids[3:]}))
+    torch.save(values, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_have_the_statistics_of_all_images(tmp_path):
+    mp.spawn(statistics_of_rank, (str(tmp_path),), nprocs=2)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert one == other
+    assert one == pytest.approx(statistics(info(), Tokens({"image": torch.arange(24).view(4, 6) ** 2 % 16})))
 
 
 def test_latents_count_as_they_are_stored():

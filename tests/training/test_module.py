@@ -228,8 +228,34 @@ def test_schedules_follow_their_formulas():
         schedules.cosine(0, -1, -1)
     with pytest.raises(ZooError, match=r"set schedule.warmup_steps"):
         schedules.cosine(0, 100, -1, warmup_epochs=1)
+    first = [schedules.cosine(step, 20, 10, warmup_steps=4, warmup_offset=1) for step in range(5)]
+    assert first == [0.25, 0.5, 0.75, 1, 1]
     assert schedules.constant(3, -1, -1, warmup_steps=6) == 0.5
     # 1,200 iterations an epoch: decays after iterations 0, 500 and 1000 of each
     steps = {0: 0, 1: 1, 500: 1, 501: 2, 1001: 3, 1200: 3, 1201: 4, 2400: 6}
     for step, decays in steps.items():
         assert schedules.stepped_in_epoch(step, -1, 1200) == pytest.approx(0.98**decays)
+
+
+@pytest.mark.parametrize(("epoch", "epochs"), [(8, 3), (7, 3), (39, 2), (1, 4)])
+def test_a_late_cosine_is_one_scheduler_of_torch_after_another(epoch, epochs):
+    rate, least, warmup = 7.2e-5, 4e-5, 0.5 * epoch
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], rate)
+    rising = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1e-9, total_iters=warmup)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * epoch - warmup, eta_min=least)
+    for step in range(epochs * epoch + 1):
+        if step:
+            optimizer.step()
+            (rising if step <= warmup else falling).step()
+        factor = schedules.late_cosine(step, epochs * epoch, epoch, warmup_epochs=0.5, min_ratio=least / rate)
+        assert rate * factor == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6, abs=1e-12)
+
+
+def test_a_late_cosine_waits_and_then_is_the_same_one():
+    schedule = partial(schedules.late_cosine, warmup_epochs=0.5, min_ratio=0.1)
+    late = [schedule(step, 14, 7, start_epochs=0.5) for step in range(15)]  # 3.5 steps: the fourth is the first
+    assert late == [0] * 4 + [schedule(step, 14, 7) for step in range(11)]
+    assert schedules.late_cosine(0, 14, 7, start_epochs=1) == 0
+    assert schedules.late_cosine(7, 14, 7, start_epochs=1) == 1
+    with pytest.raises(ZooError, match="max_epochs"):
+        schedule(0, -1, 7)

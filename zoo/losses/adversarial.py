@@ -109,22 +109,17 @@ def generator_loss(
     last_layer: Tensor,
     weight: float,
     factor: float,
-    pixels_weight: float = 1.0,
-    low: float = 0.0,
-    high: float = 1e4,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """pixels_weight * pixels + LPIPS + factor * w * adversarial, with adversarial = -mean(logits) and
-    w = weight * adaptive_weight(pixels + LPIPS, adversarial): there pixels count once (DualToken's pixels_weight is 5).
+    """pixels + LPIPS + factor * w * adversarial, with w = weight * adaptive_weight and adversarial = -mean(logits).
 
     pixels: loss of the reconstruction, scalar; perceptual: LPIPS of each image (B, 1, 1, 1), None: left out;
-    logits_fake: of the discriminator on the reconstructions; factor: 0 before the discriminator counts, else 1;
-    low, high: bounds of adaptive_weight.
+    logits_fake: of the discriminator on the reconstructions; factor: 0 before the discriminator counts, else 1.
     """
     lpips = pixels.new_zeros(()) if perceptual is None else perceptual.mean()
     nll = pixels + lpips
     adversarial = -logits_fake.mean()
-    weight = weight * adaptive_weight(nll, adversarial, last_layer, low, high)
-    loss = pixels_weight * pixels + lpips + factor * weight * adversarial
+    weight = weight * adaptive_weight(nll, adversarial, last_layer)
+    loss = nll + factor * weight * adversarial
     logs = {"nll": nll, "pixels": pixels, "lpips": lpips, "adversarial": adversarial, "adversarial_weight": weight}
     return loss, {name: value.detach() for name, value in logs.items()}
 

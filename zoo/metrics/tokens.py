@@ -17,13 +17,29 @@ def numbers(tokens: Tokens) -> Tensor:
     return tokens.lengths * per_position
 
 
+def image_entropies(ids: Tensor, mask: Tensor, size: int) -> Tensor:
+    """(B,) float64: entropy in bits of the live ids below size, (B, N) or (B, N, levels), of each image."""
+    live = ids[mask]
+    image = mask.nonzero()[:, 0].view(-1, *[1] * (live.ndim - 1))
+    codes, counts = (image * size + live).unique(return_counts=True)
+    image, counts = codes // size, counts.double()
+    zeros = counts.new_zeros(len(ids))
+    share = counts / zeros.index_add(0, image, counts)[image]
+    return zeros.index_add(0, image, torch.special.entr(share)) / math.log(2)
+
+
 class TokenStatistics(Metric):
     """How many tokens an image takes, and how evenly each codebook is used over the data set.
 
     Only live tokens count. tokens_mean, tokens_p10, tokens_p90: positions per image; numbers: ids or latent values
     per image; bits: log2 of the codebook per id, latents as they are stored, and where the length varies one bit per
-    position that says whether its token is live; codebook_use/STREAM: share of codes
-    that occur at all; perplexity/STREAM: exp of the entropy of the distribution of codes in nats.
+    position that says whether its token is live; codebook_use/STREAM: share of codes that occur at all;
+    perplexity/STREAM: exp of the entropy of the distribution of codes in nats; image_entropy/STREAM: bits of the same
+    entropy within an image, averaged over images. The levels of a position count alike.
+
+    What papers on tokenizers name otherwise follows, for a codebook of K: the number of codes used is K * codebook_use,
+    the KL divergence from uniform use log(K / perplexity), the entropy as a share of its greatest value
+    log(perplexity) / log(K), and that within an image image_entropy / log2(K).
     """
 
     full_state_update = False
@@ -46,8 +62,10 @@ class TokenStatistics(Metric):
             self.rows += (
                 Row(f"codebook_use/{name}", f"codebook use{of}", "higher", ".1%"),
                 Row(f"perplexity/{name}", f"perplexity{of} of {size} codes", "higher", ".1f"),
+                Row(f"image_entropy/{name}", f"entropy within an image{of}, bits", "higher", ".2f"),
             )
             self.add_state(f"counts_{name}", torch.zeros(size, dtype=torch.int64), "sum")
+            self.add_state(f"entropies_{name}", torch.zeros((), dtype=torch.float64), "sum")
 
     def update(self, tokens: Tokens) -> None:
         self.lengths += tokens.lengths.bincount(minlength=LONGEST + 1)
@@ -58,6 +76,7 @@ class TokenStatistics(Metric):
             live = tokens.ids[name][tokens.mask]
             self.bits += live.numel() * math.log2(size)
             getattr(self, f"counts_{name}").add_(live.flatten().bincount(minlength=size))
+            getattr(self, f"entropies_{name}").add_(image_entropies(tokens.ids[name], tokens.mask, size).sum())
         for name in self.info.latent_dims:
             live = tokens.latents[name][tokens.mask]
             self.bits += live.numel() * live.element_size() * 8
@@ -77,4 +96,5 @@ class TokenStatistics(Metric):
             share = counts.double() / counts.sum()
             values[f"codebook_use/{name}"] = (counts > 0).double().mean()
             values[f"perplexity/{name}"] = torch.special.entr(share).sum().exp()
+            values[f"image_entropy/{name}"] = getattr(self, f"entropies_{name}") / images
         return values

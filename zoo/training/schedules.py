@@ -11,10 +11,17 @@ def constant(step: int, total: int, epoch: int, warmup_steps: int = 0) -> float:
 
 
 def cosine(
-    step: int, total: int, epoch: int, warmup_steps: int = 0, min_ratio: float = 0.0, warmup_epochs: float = 0.0
+    step: int,
+    total: int,
+    epoch: int,
+    warmup_steps: int = 0,
+    min_ratio: float = 0.0,
+    warmup_epochs: float = 0.0,
+    warmup_offset: int = 0,
 ) -> float:
     """Linear warm-up from 0 over warmup_steps (or warmup_epochs), then half a cosine from 1 to min_ratio at the end.
 
+    warmup_offset: added to the step during warm-up; 1 where the first step has a rate above 0 already (DualToken).
     Raises ZooError when the run has no end, or an epoch none and warmup_epochs are asked for.
     """
     if total < 0:
@@ -24,9 +31,36 @@ def cosine(
             raise ZooError("warmup_epochs needs the length of an epoch, which is unknown; set schedule.warmup_steps.")
         warmup_steps = warmup_epochs * epoch
     if step < warmup_steps:
-        return step / warmup_steps
+        return (step + warmup_offset) / warmup_steps
     share = min(1.0, (step - warmup_steps) / max(1, total - warmup_steps))
     return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def late_cosine(
+    step: int,
+    total: int,
+    epoch: int,
+    start_epochs: float = 0.0,
+    warmup_epochs: float = 0.0,
+    min_ratio: float = 0.0,
+) -> float:
+    """0 until start_epochs; from there linear warm-up from 0, then half a cosine towards min_ratio (the discriminator
+    of DualToken).
+
+    The cosine is as long as that of a run without start_epochs, which therefore ends before it does. A warm-up that is
+    no whole number of steps ends with the last one within, below 1, and the cosine falls from there.
+    Raises ZooError when the run or an epoch has no known length.
+    """
+    if total < 0 or epoch < 0:
+        raise ZooError("a late_cosine schedule needs the length of the run and of an epoch; set trainer.max_epochs.")
+    step, warmup = step - math.ceil(start_epochs * epoch), warmup_epochs * epoch
+    if step < 0:
+        return 0.0
+    if step < warmup:
+        return step / warmup
+    peak = math.floor(warmup) / warmup if warmup else 1.0
+    share = (step - math.floor(warmup)) / max(1, total - warmup)
+    return min_ratio + (peak - min_ratio) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def stepped_in_epoch(step: int, total: int, epoch: int, decay: float = 0.98, every: int = 500) -> float:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import io
+import math
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from vectors import Vectors
 
 from zoo import weights
-from zoo.losses.adversarial import ResidualPatchDiscriminator, adaptive_weight
+from zoo.data import images
+from zoo.losses import reconstruction_loss
+from zoo.losses.adversarial import ResidualPatchDiscriminator, adaptive_weight, discriminator_loss
+from zoo.losses.perceptual import PerceptualLoss
+from zoo.metrics.psnr import PSNR
+from zoo.metrics.ssim import SSIM
+from zoo.metrics.tokens import TokenStatistics
+from zoo.nn.autoencoder import AutoencoderConfig
 from zoo.quantizers import ResidualQuantizer
-from zoo.tokenizer import Tokens
+from zoo.tokenizer import TokenizerInfo, Tokens
 from zoo.tokenizers.dualtoken import published
 from zoo.tokenizers.dualtoken.projection import AttentionProjection
 from zoo.tokenizers.dualtoken.tokenizer import DualTokenTokenizer
@@ -21,6 +33,7 @@ from zoo.tokenizers.dualtoken.training import DualTokenTraining, distances
 from zoo.tokenizers.siglip import published as siglip
 from zoo.tokenizers.siglip.encoder import SigLIPEncoder
 from zoo.training.module import parameter_groups
+from zoo.training.schedules import cosine, late_cosine
 
 
 def run(vectors: Vectors, case: str) -> dict[str, Tensor]:
@@ -28,6 +41,10 @@ def run(vectors: Vectors, case: str) -> dict[str, Tensor]:
 
 
 def published_state(config: dict) -> dict[str, Tensor]:
+    if not config:
+        return PerceptualLoss().state_dict()
+    if "ndf" in config:
+        return discriminator(config).state_dict()
     config_of = published.config_from_published(config["rqvaesiglip"], config["siglip"])
     return published.to_published(DualTokenTokenizer(config_of).state_dict(), config_of)
 
@@ -45,6 +62,10 @@ def dualtoken(vectors: Vectors, module: str) -> DualTokenTokenizer:
     tokenizer = DualTokenTokenizer(published.config_from_published(config["rqvaesiglip"], config["siglip"]))
     weights.load(tokenizer, published.from_published(filled(vectors, module), tokenizer.config))
     return tokenizer.eval()
+
+
+def discriminator(config: dict) -> ResidualPatchDiscriminator:
+    return ResidualPatchDiscriminator(config["input_nc"], config["ndf"], config["n_layers"])
 
 
 def as_map(tokens: Tensor) -> Tensor:
@@ -382,7 +403,7 @@ def training_module(vectors: Vectors, about: dict) -> DualTokenTraining:
         module.perceptual, module.weights["lpips"] = Pooled(), 1.0
     if gan:
         config = vectors.modules[meta["discriminator"]]["config"]
-        module.discriminator = ResidualPatchDiscriminator(config["input_nc"], config["ndf"], config["n_layers"])
+        module.discriminator = discriminator(config)
         weights.load(module.discriminator, filled(vectors, meta["discriminator"]))
     run = SimpleNamespace(global_step=0, current_epoch=meta.get("epoch", 0), num_training_batches=1)
     module.trainer, module.kept = run, run  # the module has a weak reference alone
@@ -423,6 +444,97 @@ def zeroshot(vectors: Vectors, about: dict) -> dict[str, Tensor]:
     return {"classifier": classifier.T, "logits": logits, "top1_top2_correct": torch.stack(hits)}
 
 
+def disc(vectors: Vectors, about: dict) -> dict[str, Tensor]:
+    inputs = partial(vectors.input, about["name"])
+    module, grads = discriminator(vectors.modules[about["module"]]["config"]), about["meta"]["grads"]
+    weights.load(module, vectors.state(about["module"]))
+    fake, real = inputs("fake").requires_grad_(), module(inputs("real"))
+    with Recorder({f"main_{i}": layer for i, layer in enumerate(module.main)}) as out:
+        logits = module(fake)
+    adversarial = -logits.mean()
+    hinge, _ = discriminator_loss(real, logits, 1.0, slope=0.01)
+    out |= {
+        "logits_fake": logits,
+        "logits_real": real,
+        "gen_loss": adversarial,
+        "grad_gen_wrt_fake": torch.autograd.grad(adversarial, fake, retain_graph=True)[0],
+        "hinge_d_loss": hinge,
+        "hinge_d_loss_x8": discriminator_loss(8 * real, 8 * logits, 1.0, slope=0.01)[0],
+        "vanilla_d_loss": 0.5 * (F.softplus(-real).mean() + F.softplus(logits).mean()),
+    }
+    hinge.backward()
+    return out | {f"grad/{name}": module.get_parameter(name).grad for name in grads}
+
+
+def lpips(vectors: Vectors, about: dict) -> dict[str, Tensor]:
+    inputs = partial(vectors.input, about["name"])
+    perceptual, image, recon = PerceptualLoss(), inputs("image"), inputs("recon").requires_grad_()
+    weights.load(perceptual, filled(vectors, about["module"]))
+    per_image = perceptual(recon, image)
+    features, scaling = perceptual.features(recon), perceptual.scaling_layer
+    return {
+        "lpips": per_image.mean(),
+        "lpips_per_image": per_image.flatten(),
+        "grad_wrt_recon": torch.autograd.grad(per_image.mean(), recon)[0],
+        "relu5_3": features[4],
+        "relu3_3_mean_per_channel": features[2].mean((0, 2, 3)),
+        "scaled": (recon - scaling.shift) / scaling.scale,
+    }
+
+
+def schedule(vectors: Vectors, about: dict) -> dict[str, Tensor]:
+    meta = about["meta"]
+    rate, epoch, total = meta["lr"], meta["steps_per_epoch"], meta["steps_per_epoch"] * meta["max_epoch"]
+    generator = partial(cosine, warmup_steps=meta["warmup"], warmup_offset=1)
+    late = partial(late_cosine, warmup_epochs=0.5, min_ratio=4e-5 / rate)
+    return {
+        "generator_lr": torch.tensor([rate * generator(step, total, epoch) for step in range(total)]),
+        "discriminator_lr": torch.tensor([rate * late(step, total, epoch) for step in range(total + 1)]),
+    }
+
+
+def prep(vectors: Vectors, about: dict) -> dict[str, Tensor]:
+    inputs = partial(vectors.input, about["name"])
+    size, file = about["meta"]["size"], io.BytesIO()
+    Image.fromarray(inputs("pixels").numpy().astype(np.uint8)).save(file, "PNG")
+    raw = {"__key__": "", "__url__": "", "png": file.getvalue()}
+    top, left, height, width = inputs("crop_top_left_height_width").tolist()
+
+    def transform(**options) -> Tensor:
+        sample = images.Decoder(image_size=size, **options)(raw, "relative", False)
+        return AutoencoderConfig().to_values(torch.from_numpy(images.to_float(sample["image"])))
+
+    box = left, top, left + width, top + height
+    with mock.patch.object(images, "random_box", return_value=box):
+        training = transform(crop="resized", crop_scale=(0.9, 1.0))
+    saved = ((inputs("to_save") + 1) * 127.5).clamp(0, 255).to(torch.int64)
+    return {"eval_transform": transform(), "train_transform": training, "saved_uint8": saved.movedim(1, -1)}
+
+
+def metrics(vectors: Vectors, about: dict) -> dict[str, Tensor]:
+    inputs = partial(vectors.input, about["name"])
+    values, size, codes = (inputs("recon"), inputs("image")), about["meta"]["K"], inputs("codes")
+    recon, image = (AutoencoderConfig().to_images(v).clamp(0, 1) for v in values)
+    about_tokens = {"kind": "discrete", "streams": ("pixel",), "codebook_sizes": {"pixel": size}}
+    info = TokenizerInfo("", "", image_size=0, size_multiple=None, channels=3, max_tokens=0, **about_tokens)
+    statistics = TokenStatistics(info)
+    statistics.update(Tokens({"pixel": codes.flatten(1, 2)}))
+    use = statistics.compute()
+    nats, bits = use["perplexity/pixel"].log(), use["image_entropy/pixel"]
+    return {
+        "l1": reconstruction_loss("l1")(*values),
+        "l2": reconstruction_loss("mse")(*values),
+        "ssim": SSIM(borders=False).scores(recon, image).mean(),
+        "psnr_rgb_per_image": PSNR().scores(recon, image)[:, 0],
+        "neg_cosine": distances("features", inputs("feat"), inputs("feat_gt"))["features_cosine"],
+        "used": (size * use["codebook_use/pixel"]).round().to(torch.int64),
+        "kl_to_uniform": math.log(size) - nats,
+        "entropy_percent": 100 * nats / math.log(size),
+        "mean_entropy_per_image": bits,
+        "effective_percent": 100 * bits / math.log2(size),
+    }
+
+
 FUNCTIONS = {
     "encode": encode,
     "decode": decode,
@@ -432,4 +544,9 @@ FUNCTIONS = {
     "proj": proj,
     "train": train,
     "zeroshot": zeroshot,
+    "disc": disc,
+    "lpips": lpips,
+    "schedule": schedule,
+    "prep": prep,
+    "metrics": metrics,
 }
