@@ -23,6 +23,7 @@ from zoo.losses.perceptual import PerceptualLoss
 from zoo.metrics.psnr import PSNR
 from zoo.metrics.ssim import SSIM
 from zoo.metrics.tokens import TokenStatistics
+from zoo.metrics.zeroshot import text_classifier
 from zoo.nn.autoencoder import AutoencoderConfig
 from zoo.quantizers import ResidualQuantizer
 from zoo.tokenizer import TokenizerInfo, Tokens

@@ -253,6 +253,9 @@ class DualTokenTokenizer(Tokenizer):
     def _encode_text(self, texts: Sequence[str]) -> Tensor:
         return self.encoder._encode_text(texts)
 
+    def logits(self, images: Tensor, texts: Tensor) -> Tensor:
+        return self.encoder.logits(images, texts)
+
     @torch.no_grad()
     def features_of(self, tokens: Tokens) -> Tensor:
         """`features` (B, N, D) of an image from its ids. Raises ZooError for tokens that are not this tokenizer's."""
