@@ -5,13 +5,17 @@ import pytest
 import torch
 from PIL import Image
 
-from zoo.metrics.storage import jpeg, png
+from zoo.metrics.storage import cut_off, jpeg, png
 
 IMAGES = torch.rand(2, 3, 24, 16, generator=torch.Generator().manual_seed(0))
 
 
 def test_png_keeps_bytes():
     assert torch.equal(png(IMAGES), torch.from_numpy((IMAGES.numpy() * 255).round().astype(np.uint8)) / 255)
+
+
+def test_what_is_cut_off_is_clamped_and_not_rounded():
+    assert cut_off(torch.tensor([-1.2, -1.0, 0.0, 0.999, 1.0, 1.2])).tolist() == [0, 0, 127, 254, 255, 255]
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -16,13 +16,17 @@ def png(images: Tensor) -> Tensor:
     return (images * 255).round() / 255
 
 
-def jpeg(images: Tensor) -> Tensor:
-    """Images (B, 1 or 3, H, W) in [0, 1] as JPEG files of quality 95 give them back.
+def cut_off(values: Tensor) -> Tensor:
+    """Values of pictures in [-1, 1], clamped, to 8 bits without rounding, as the authors of DualToken save them.
 
-    8 bits are cut off as rFID is taken by the authors of DualToken, (x + 1) * 127.5 for x in [-1, 1] without rounding,
-    which makes a byte darker by one now and then.
+    This makes a byte that has become a float darker by one now and then.
     """
-    values = (((2 * images - 1) + 1) * 127.5).byte().movedim(1, -1).cpu().numpy()
+    return ((values + 1) * 127.5).clamp(0, 255).byte()
+
+
+def jpeg(images: Tensor) -> Tensor:
+    """Images (B, 1 or 3, H, W) in [0, 1], `cut_off`, as JPEG files of quality 95 give them back: DualToken's rFID."""
+    values = cut_off(2 * images - 1).movedim(1, -1).cpu().numpy()
     return torch.from_numpy(np.stack([_through_a_file(one) for one in values])).to(images)
 
 

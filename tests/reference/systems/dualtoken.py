@@ -22,6 +22,7 @@ from zoo.losses.adversarial import ResidualPatchDiscriminator, adaptive_weight, 
 from zoo.losses.perceptual import PerceptualLoss
 from zoo.metrics.psnr import PSNR
 from zoo.metrics.ssim import SSIM
+from zoo.metrics.storage import cut_off
 from zoo.metrics.tokens import TokenStatistics
 from zoo.metrics.zeroshot import text_classifier
 from zoo.nn.autoencoder import AutoencoderConfig
@@ -508,7 +509,7 @@ def prep(vectors: Vectors, about: dict) -> dict[str, Tensor]:
     box = left, top, left + width, top + height
     with mock.patch.object(images, "random_box", return_value=box):
         training = transform(crop="resized", crop_scale=(0.9, 1.0))
-    saved = ((inputs("to_save") + 1) * 127.5).clamp(0, 255).to(torch.int64)
+    saved = cut_off(inputs("to_save")).long()
     return {"eval_transform": transform(), "train_transform": training, "saved_uint8": saved.movedim(1, -1)}
 
 
