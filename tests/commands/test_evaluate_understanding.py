@@ -15,6 +15,7 @@ from zoo.data.labels import COLOR_NAMES, dominant_color, values_present
 from zoo.metrics.probe import linear_probe
 
 LIMIT = 60
+SHAPES = ("sphere", "cube", "cylinder", "cone", "ring")
 QUIET = ["device=cpu", "data.num_workers=0"]
 
 
@@ -78,9 +79,6 @@ def test_zeroshot_is_retrieval_and_classes_by_texts(tmp_path, capsys, encoder, p
     assert protocol["texts"]["number of objects"]["classes"] == 8
     assert Image.open(tmp_path / "retrieval.png").width > 500
     assert "image to text, recall at 1 ↑" in capsys.readouterr().out
-
-
-SHAPES = ("sphere", "cube", "cylinder", "cone", "ring")
 
 
 @pytest.mark.parametrize("pool", ["mean", "whole"])

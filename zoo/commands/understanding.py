@@ -126,7 +126,7 @@ def zeroshot(cfg: DictConfig, fabric: Fabric, reader: ImageReader, labels: Label
     def look(batch: dict) -> dict:
         nonlocal shown
         images = batch[reader.info.input]
-        shown = images[: cfg.pictures] if shown is None else shown
+        shown = images[: cfg.pictures or 0] if shown is None else shown
         found = {"image": reader.encode_image(images).float().cpu()} | answers(batch, labels.questions)
         if labels.captions:
             found |= {"caption": batch["caption"], "text": reader.encode_text(batch["caption"]).float().cpu()}
@@ -146,7 +146,7 @@ def zeroshot(cfg: DictConfig, fabric: Fabric, reader: ImageReader, labels: Label
     for question in labels.questions:
         scores = seen["image"] @ text_classifier(embedded[question.name]).T
         relevant = F.one_hot(seen[question.name], len(question.texts)).bool()
-        for k in (k for k in KS if k < max(len(question.texts), 2)):
+        for k in (k for k in KS if k == 1 or k < len(question.texts)):
             row = Row(f"top{k}/{question.name}", f"{question.name}, top {k}", "higher")
             rows.append(row)
             own[row.name], chance[row.name] = recall_at(scores, relevant, k), chance_at(relevant, k)
@@ -248,4 +248,5 @@ def write(report: dict, rows: list[Row], folder: Path) -> None:
     console.print(table(title, entries, {row.name: row for row in rows}))
     for name, reason in entries[0]["missing"].items():
         console.print(f"{name}: {reason}", soft_wrap=True, markup=False)
-    console.print(f"metrics.json{' and retrieval.png' * (protocol['task'] == 'zeroshot')} in {folder}", soft_wrap=True)
+    files = "metrics.json and retrieval.png are" if protocol["task"] == "zeroshot" else "metrics.json is"
+    console.print(f"{files} in {folder}", soft_wrap=True)
