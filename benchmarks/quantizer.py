@@ -9,11 +9,9 @@ The ids of zoo and peer are compared.
 """
 
 import argparse
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
+from _memory import extra_memory, in_a_process_of_its_own
 from _timing import best_of
 from rich.console import Console
 from rich.table import Table
@@ -36,25 +34,9 @@ def make(size: tuple[int, int, int]) -> dict:
                             lambda: peer(vectors[None])[1][0]), strict=True))  # fmt: skip
 
 
-def extra_memory(name: str, size: tuple[int, int, int]) -> float:
-    """MiB that one call holds at its peak beyond its inputs."""
-    script = [sys.executable, __file__, "--measure", name, *map(str, size), "--threads", str(torch.get_num_threads())]
-    return float(subprocess.run(script, check=True, capture_output=True, text=True).stdout)
-
-
 def measure(name: str, size: tuple[int, int, int]) -> None:
     make((8, 64, 8))[name]()
-    call = make(size)[name]
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = peak()
-    call()
-    print(peak() - before)
-
-
-def peak() -> float:
-    """MiB; not ru_maxrss, which a process takes over from the one that starts it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    print(extra_memory(make(size)[name]))
 
 
 @torch.no_grad()
@@ -83,7 +65,7 @@ def main() -> None:
                 f"{best[name] * 1e3:.1f}",
                 f"{best[name] / best['bare product']:.2f}",
                 f"{best[name] / best[NAMES[2]]:.3f}",
-                f"{extra_memory(name, size):.0f}",
+                f"{in_a_process_of_its_own(__file__, '--measure', name, *size, '--threads', args.threads):.0f}",
             )
         table.add_row("", f"[dim]ids of zoo and peer agree: {agree:.2%}", end_section=True)
     Console(width=100).print(table)

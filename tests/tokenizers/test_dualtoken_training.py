@@ -15,10 +15,11 @@ from zoo.data import Loader, scenes
 
 SGD = ["optimizer._target_=torch.optim.SGD", "~optimizer.betas", "optimizer.lr=1e-2", "schedule.warmup_steps=0"]
 GAN = [
-    "module.adversarial_weight=0.75",
-    "module.discriminator_width=32",
+    *("module.adversarial_weight=0.75", "module.discriminator_width=32"),
     "+module.optimizers.discriminator=${optimizer}",
 ]
+SMALL = [f"tokenizer.{name}" for name in ("decoder.channels=8", "semantic.levels=2", "pixel.levels=2")]
+EXACT = "callbacks.ema.decay=0.0"  # an average of equal weights is rounded
 TOWER = "encoder.vision"
 
 
