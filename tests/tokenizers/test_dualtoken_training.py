@@ -29,7 +29,7 @@ def module(stage, *overrides):
     made = instantiate(cfg.module, tokenizer=instantiate(cfg.tokenizer))
     made.kept = SimpleNamespace(global_step=0, current_epoch=0, num_training_batches=2, world_size=1)
     made._trainer = made.kept  # all that a loss asks of a trainer
-    return made.train()
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_two_ranks_train_as_one(trained):
     assert {"val/features_cosine", "val/pooled_cosine", "val/psnr"} <= two.keys()
     expected = load(folder / "1-1").state_dict()
     for name, tensor in load(folder / "1-2").state_dict().items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
 
 
 def test_each_stage_trains_its_parts(trained):

@@ -76,6 +76,7 @@ class DualTokenTraining(AutoencoderTraining):
             own.load_state_dict(teacher.state_dict())
         self.teacher = teacher.vision.requires_grad_(False)
         freeze(tokenizer, frozen_layers, train_pixels)
+        self.train()  # Lightning leaves modes as they are
 
     def train(self, mode: bool = True) -> DualTokenTraining:
         super().train(mode)
