@@ -83,7 +83,7 @@ def main() -> None:
         for levels in track(range(1, most + 1), f"{weights or args.name}", transient=True):
             found = scores(tokenizer, levels, val, texts, taught)
             rows.append({"weights": str(weights or args.name), "levels": levels} | found)
-    table = Table("weights", "levels", "bits", "psnr", *rows[0].keys() - {"weights", "levels"}, "cosine to teacher")
+    table = Table(*max(rows, key=len))
     for row in rows:
         cells = (row.get(str(column.header), "") for column in table.columns)
         table.add_row(*(f"{cell:.3f}" if type(cell) is float else str(cell) for cell in cells))
