@@ -35,6 +35,13 @@ def test_the_penalty_is_the_one_that_does_best_on_rows_that_were_held_out():
     torch.testing.assert_close(linear_probe(train, linear, test), linear_probe(train, linear, test, [1e-3]))
 
 
+def test_rows_may_be_sorted_by_class():
+    labels = torch.arange(100) // 20
+    rows, test = F.one_hot(labels) + 0.01 * draw(100, 5), draw(9, 5)
+    targets = F.one_hot(labels)
+    torch.testing.assert_close(linear_probe(rows, targets, test), linear_probe(rows, targets, test, [1e-3]))
+
+
 def test_classes_that_a_plane_tells_apart_are_found():
     labels = torch.arange(90) % 3
     features = torch.eye(3)[labels] @ torch.randn(3, 4, generator=torch.Generator().manual_seed(1))

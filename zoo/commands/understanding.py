@@ -190,7 +190,7 @@ def linear(cfg: DictConfig, fabric: Fabric, reader: ImageReader, labels: Labels,
         "training_images": len(train[reader.info.name]),
         "pool": cfg.pool,
         "thumbnail": f"{THUMBNAIL} x {THUMBNAIL} pixels, averages",
-        "probe": "ridge regression, its penalty chosen on the last fifth of the training images",
+        "probe": "ridge regression, its penalty chosen on every fifth of the training images",
     }
     return about, rows, entries
 
