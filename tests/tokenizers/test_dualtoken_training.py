@@ -196,3 +196,20 @@ def test_the_published_recipes_are_those_of_the_authors():
     assert rates[:2] == [0, 0]
     assert rates[2] == pytest.approx(7.2e-5, rel=1e-4)
     assert rates[3] == pytest.approx(4e-5, rel=1e-2)
+
+
+def test_the_trained_tokenizer_loads_by_name_and_keeps_what_the_tower_knew():
+    tokenizer, teacher = zoo.load_tokenizer("dualtoken-tiny"), zoo.load_encoder("siglip-tiny")
+    batch = next(iter(Loader(scenes("val"), batch_size=64, fields=["image", "caption"])))
+    images, texts = batch["image"], teacher.encode_text(batch["caption"])
+    torch.testing.assert_close(tokenizer.encode_text(batch["caption"]), texts)
+    right = torch.arange(64)
+    found, known = ((one.encode_image(images) @ texts.T).argmax(1) == right for one in (tokenizer, teacher))
+    assert found.sum() >= 0.9 * known.sum()
+    errors = []
+    for levels in (1, 2, 4):
+        made = tokenizer.decode(tokenizer.encode(images, levels=levels))
+        errors.append((-10 * (made - images).square().flatten(1).mean(1).log10()).mean().item())
+    assert errors[0] < errors[1] < errors[2]
+    assert errors[2] > 27
+    assert registry.weights_path("dualtoken-tiny").stat().st_size <= 16e6
