@@ -15,7 +15,7 @@ from zoo.tokenizers.siglip.text import contradict, words
 from zoo.tokenizers.siglip.training import mirrored
 
 SIZES = {"width": 48, "depth": 3, "num_heads": 4, "text_width": 32, "text_depth": 2, "text_heads": 2}
-PUBLISHED = "siglip-base-patch16-224", "siglip2-so400m-patch14-384"
+PUBLISHED = "siglip-base-patch16-224", "siglip2-so400m-patch16-256", "siglip2-so400m-patch14-384"
 
 
 @pytest.fixture(scope="module")
