@@ -7,12 +7,14 @@ import importlib
 import importlib.util
 import json
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zoo import weights as files
 from zoo.errors import ZooError, nearest
@@ -93,18 +95,26 @@ class Registry:
         """
         chosen, path = self.preset(name), self.weights_path(name, weights)
         state, metadata = files.read(path)
-        system = chosen.tokenizer.__module__.rsplit(".", 1)[0]
+        published = None if "zoo" in metadata else self._published(name, state, overrides)
         if "zoo" in metadata:
-            stored = json.loads(metadata["zoo"])
-            if stored["system"] != system.rsplit(".", 1)[-1]:
+            stored, system = json.loads(metadata["zoo"]), chosen.tokenizer.__module__.split(".")[-2]
+            if stored["system"] != system:
                 raise ZooError(f"{path} holds the system '{stored['system']}', and {name} is of another.")
             overrides = stored["config"] | overrides
+        elif hasattr(published, "fields_of"):  # the authors' files of this system differ in what is in them
+            overrides = published.fields_of(state) | overrides
         made = self.create(name, **overrides)
-        if "zoo" not in metadata and not state.keys() <= made.state_dict().keys():
-            published = importlib.import_module(f"{system}.published")
+        if published:
             state = published.from_published(state, made.config)
         files.load(made, state, path)
         return made.to(device=device, dtype=dtype).eval()
+
+    def _published(self, name: str, state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> ModuleType | None:
+        """The names of the authors, where those in a file are not ours."""
+        with torch.device("meta"):  # only to see our names
+            known = self.create(name, **overrides).state_dict().keys()
+        system = self.preset(name).tokenizer.__module__.rsplit(".", 1)[0]
+        return None if state.keys() <= known else importlib.import_module(f"{system}.published")
 
     def with_weights(self, made: Any, weights: str | Path | None = None) -> Any:
         """What `load` gives for the name and the configuration of something made."""

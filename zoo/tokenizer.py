@@ -240,9 +240,9 @@ class ImageReader(nn.Module):
         raise ZooError(f"{self.info.name} has no features for understanding; it encodes and decodes only.")
 
     @torch.no_grad()
-    def encode_image(self, images: Tensor) -> Tensor:
+    def encode_image(self, images: Tensor, **settings) -> Tensor:
         """Images (B, C, H, W) in [0, 1] to embeddings (B, D), L2-normalised, where the system has a text side."""
-        return F.normalize(self._encode_image(self.check_images(images)), dim=-1)
+        return F.normalize(self._encode_image(self.check_images(images), **settings), dim=-1)
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
@@ -295,8 +295,12 @@ class Tokenizer(ImageReader):
 
     @torch.no_grad()
     def decode(self, tokens: Tokens, **settings) -> Tensor:
-        """Tokens to images (B, C, H, W) in [0, 1]. Raises ZooError for tokens that are not this tokenizer's."""
-        return self._decode(self.check_tokens(tokens), **settings).clamp(0, 1)
+        """Tokens to images (B, C, H, W) in [0, 1], or to the embeddings that info.decodes_to says.
+
+        Raises ZooError for tokens that are not this tokenizer's.
+        """
+        decoded = self._decode(self.check_tokens(tokens), **settings)
+        return decoded if self.info.decodes_to == "embedding" else decoded.clamp(0, 1)
 
     def reconstruct(self, images: Tensor, **settings) -> Tensor:
         """decode(encode(images, **settings))."""

@@ -25,11 +25,6 @@ ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
 COLUMNS = 4
 """Rows of the report side by side in one table, which then fits 100 characters."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PREPARATION = {
-    "resize": "shorter side to data.image_size, bicubic with antialiasing (depth: nearest)",
-    "crop": "center",
-}
-"""Of images, for a protocol."""
 
 
 def start(cfg: DictConfig) -> Fabric:
@@ -58,6 +53,14 @@ def claim(fabric: Fabric, folder: Path, protocol: dict) -> None:
     if begun != json.loads(json.dumps(protocol)):
         differ = ", ".join(sorted(k for k in begun.keys() | protocol.keys() if begun.get(k) != protocol.get(k)))
         raise ZooError(f"{folder} was begun with another {differ}; choose another output_dir (see protocol.json).")
+
+
+def preparation(source: dict) -> dict:
+    """What is done with images, for a protocol; source: the data of the run."""
+    how = f"{source.get('interpolation', 'bicubic')} with antialiasing"
+    if source.get("crop") == "squash":
+        return {"resize": f"both sides to data.image_size, {how}", "crop": "none"}
+    return {"resize": f"shorter side to data.image_size, {how} (depth: nearest)", "crop": "center"}
 
 
 def about_file(path: Path) -> dict:

@@ -24,13 +24,13 @@ from zoo.commands import cli
 from zoo.commands.common import (
     COLUMNS,
     DTYPES,
-    PREPARATION,
     about_file,
     about_the_run,
     expect_integer,
     expect_one_of,
     label,
     limited,
+    preparation,
     start,
     table,
 )
@@ -243,7 +243,7 @@ def protocol(cfg: DictConfig, source: dict, overrides: dict, metrics: dict) -> d
         "encode": OmegaConf.to_container(cfg.encode, resolve=True),
         "data": source,
         "split": "train" if source.get("val") is None else "val",
-        **PREPARATION,
+        **preparation(source),
         "scored": "the crop that went into the tokenizer against its reconstruction, clamped to [0, 1]",
         "stored_as": cfg.stored_as,
         "thumbnail": "bicubic, with as many numbers as ids or latent values, each kept as a 32-bit float",

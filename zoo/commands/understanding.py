@@ -18,7 +18,7 @@ from rich.progress import track
 from torch import Tensor
 
 from zoo.commands import cli
-from zoo.commands.common import DTYPES, PREPARATION, about_file, about_the_run, expect_one_of, limited, start, table
+from zoo.commands.common import DTYPES, about_file, about_the_run, expect_one_of, limited, preparation, start, table
 from zoo.data import Loader, ZooDataModule, joined
 from zoo.data.questions import Labels, Question
 from zoo.distributed import on_first_rank
@@ -67,7 +67,7 @@ def understanding(cfg: DictConfig) -> dict:
             "weights": about_file(registry.weights_path(node.name, cfg.weights)),
             "data": source,
             "labels": OmegaConf.to_container(cfg.labels, resolve=True),
-            **PREPARATION,
+            **preparation(source),
             "limit": cfg.limit,
             "dtype": cfg.dtype,
         }

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from zoo.data.sources import IMAGE_SUFFIXES, BadSample
 from zoo.errors import ZooError, nearest
 
-CROPS = ("center", "random", "resized")
+CROPS = ("center", "random", "resized", "squash")
 INTERPOLATIONS = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR}
 
 
@@ -25,7 +25,8 @@ class Decoder:
         "caption" also `txt`; for "class" also `cls`, a number), else an entry of the member `json`.
     image_size: side of the square; None keeps the size of the file. What has that size is not resampled.
     crop: "center" and "random" scale the shorter side to image_size and cut a square out there; "resized" cuts out a
-        `random_box`, its area a share from `crop_scale`, and scales that.
+        `random_box`, its area a share from `crop_scale`, and scales that; "squash" cuts nothing and scales each side
+        by itself.
     interpolation: of images, "bicubic" or "bilinear", both with antialiasing.
     """
 
@@ -49,14 +50,14 @@ class Decoder:
             raise ZooError(
                 f"crop_scale must be two shares of the area, such as [0.8, 1.0], got {list(self.crop_scale)}"
             )
-        if "depth" in self.fields and self.augments:
-            raise ZooError("depth maps are neither flipped nor cropped at random: leave flip=false and crop=center")
+        if "depth" in self.fields and (self.flip or self.crop != "center"):
+            raise ZooError("depth maps are neither flipped nor cut otherwise: leave flip=false and crop=center")
         if self.image_size is None and self.crop != "center":
             raise ZooError(f"crop={self.crop} needs an image_size")
 
     @property
     def augments(self) -> bool:
-        return self.flip or self.crop != "center"
+        return self.flip or self.crop in ("random", "resized")
 
     def __call__(self, raw: dict, depth: str, squash: bool, rng: random.Random | None = None) -> dict:
         """{"key": str, "image": (3, H, W) bytes, or float in [0, 1], "depth": (1, H, W) float in [0, 1], others: as
@@ -172,6 +173,8 @@ def random_box(width: int, height: int, scale: Sequence[float], rng: random.Rand
 
 def fit(image: Image.Image, size: int, crop="center", scale=(1, 1), rng=None, resample=Image.BICUBIC) -> Image.Image:
     """A square of that side, see Decoder. "center" is torchvision's Resize and CenterCrop, pixel by pixel."""
+    if crop == "squash":
+        return image if image.size == (size, size) else image.resize((size, size), resample)
     if crop == "resized":
         return image.crop(random_box(*image.size, scale, rng)).resize((size, size), resample)
     width, height = image.size

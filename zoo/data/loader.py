@@ -92,8 +92,11 @@ class Loader(DataLoader):
             raise ZooError(f"rank must be below world_size={world_size}, got {rank}")
         if not 0 <= max_bad_share <= 1:
             raise ZooError(f"max_bad_share must be a share from 0 to 1, got {max_bad_share}")
-        augmentation = {"crop": crop, "crop_scale": crop_scale, "flip": flip} if training else {}
-        decoder = Decoder(fields, image_size, interpolation=interpolation, **augmentation)
+        if training:
+            preparation = {"crop": crop, "crop_scale": crop_scale, "flip": flip}
+        else:
+            preparation = {"crop": "squash" if crop == "squash" else "center"}
+        decoder = Decoder(fields, image_size, interpolation=interpolation, **preparation)
         place = rank, world_size, num_workers
         if training:
             batches = TrainingBatches(

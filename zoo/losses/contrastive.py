@@ -38,3 +38,36 @@ def sigmoid_loss_over_ranks(
     """
     gathered = [gather_over_ranks(one) for one in (texts, negatives) if one is not None]
     return sigmoid_loss(images, torch.cat(gathered), scale, bias, first=rank() * len(images))
+
+
+def contrastive_loss_over_ranks(
+    images: Tensor,
+    texts: Tensor,
+    temperature: Tensor,
+    smoothing: float = 0.0,
+    gathers_gradient: bool = True,
+    negatives: Tensor | None = None,
+) -> Tensor:
+    """The symmetric cross entropy of CLIP (arXiv 2103.00020, figure 3) of this rank's pairs against those of all ranks.
+
+    The mean over N ranks, in value and in gradient (which DDP averages), is the loss of one rank with N * B pairs.
+
+    Args:
+        images, texts: (B, D), L2-normalised, as many on each rank.
+        temperature: what similarities are divided by.
+        smoothing: of the labels.
+        gathers_gradient: False: what is compared with is a constant, the rank's own part too, so that an image learns
+            from texts only through its own row, and a text from images likewise (BLIP-2's and SEED's code).
+        negatives: more texts (M, D) that belong to no image, as many on each rank.
+    """
+    everywhere = [one if gathers_gradient else one.detach() for one in (images, texts)]
+    all_images, all_texts = (gather_over_ranks(one) for one in everywhere)
+    if negatives is not None:
+        more = negatives if gathers_gradient else negatives.detach()
+        all_texts = torch.cat([all_texts, gather_over_ranks(more)])
+    wanted = rank() * len(images) + torch.arange(len(images), device=images.device)
+    losses = [
+        F.cross_entropy(own @ others.T / temperature, wanted, label_smoothing=smoothing)
+        for own, others in ((images, all_texts), (texts, all_images))
+    ]
+    return (losses[0] + losses[1]) / 2

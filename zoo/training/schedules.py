@@ -92,3 +92,24 @@ def plateau(
         return 1.0
     share = min(1.0, (step - decay) / max(1, total - decay))
     return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def epoch_cosine(
+    step: int,
+    total: int,
+    epoch: int,
+    warmup_steps: int = 0,
+    first_ratio: float = 0.0,
+    min_ratio: float = 0.0,
+) -> float:
+    """Linear warm-up from first_ratio within the first epoch, then 1 to its end; from the second epoch on half a cosine
+    to min_ratio that moves with whole epochs alone (LAVIS, hence SEED).
+
+    Raises ZooError when the run or an epoch has no known length.
+    """
+    if total < 0 or epoch < 0:
+        raise ZooError("an epoch_cosine schedule needs the length of the run and of an epoch; set trainer.max_epochs.")
+    if step < epoch:
+        return min(1.0, first_ratio + (1 - first_ratio) * step / warmup_steps) if warmup_steps else 1.0
+    share = min(1.0, (step // epoch) / math.ceil(total / epoch))
+    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * share))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zoo.errors import ZooError
 
-PAD, UNKNOWN = "<pad>", "<unk>"
+PAD, UNKNOWN, BEGIN = "<pad>", "<unk>", "<cls>"
 
 
 def words(text: str) -> list[str]:
@@ -45,15 +45,16 @@ def contradict(text: str, alternatives: Sequence[Sequence[str]], draws: Sequence
 
 
 class WordTokenizer:
-    """Ids are places in a vocabulary of words that begins with PAD and UNKNOWN."""
+    """Ids are places in a vocabulary of words that begins with PAD and UNKNOWN. Texts begin with BEGIN if it has it."""
 
     def __init__(self, vocabulary: Sequence[str], length: int):
         self.ids, self.length = {word: i for i, word in enumerate(vocabulary)}, length
+        self.pad, self.begin = self.ids[PAD], [self.ids[BEGIN]] if BEGIN in self.ids else []
 
     def __call__(self, texts: Sequence[str], truncate: bool = False) -> Tensor:
         """(B, length) int64. A text of more words raises ZooError, or loses the last ones."""
-        rows = [[self.ids.get(word, self.ids[UNKNOWN]) for word in words(text)] for text in texts]
-        return padded([row[: self.length] for row in rows] if truncate else rows, texts, self.length, self.ids[PAD])
+        rows = [self.begin + [self.ids.get(word, self.ids[UNKNOWN]) for word in words(text)] for text in texts]
+        return padded([row[: self.length] for row in rows] if truncate else rows, texts, self.length, self.pad)
 
 
 class HubTokenizer:
@@ -64,6 +65,7 @@ class HubTokenizer:
 
         try:
             self.tokenizer, self.length = AutoTokenizer.from_pretrained(name), length
+            self.pad = self.tokenizer.pad_token_id
         except OSError as error:
             raise ZooError(
                 f"the text tokenizer '{name}' is not on this machine and cannot be downloaded ({_first_line(error)}); "
@@ -79,7 +81,7 @@ class HubTokenizer:
         """(B, length) int64 of lower-cased texts, as trained on. One of more tokens raises ZooError, or is cut."""
         cut = {"truncation": True, "max_length": self.length} if truncate else {}
         rows = self.tokenizer([text.lower() for text in texts], **cut)["input_ids"]
-        return padded(rows, texts, self.length, self.tokenizer.pad_token_id)
+        return padded(rows, texts, self.length, self.pad)
 
 
 def padded(rows: Sequence[list[int]], texts: Sequence[str], length: int, pad: int) -> Tensor:

@@ -61,24 +61,12 @@ class SigLIPTraining(TrainingModule):
         draws = self.own_rows(torch.rand(len(images) * self.trainer.world_size, 4, generator=self.shared_generator()))
         if self.mirror:
             images = mirrored(images, captions, draws[:, 0])
-        false = self.false_captions(captions, draws[:, 1:]) if self.alternatives else []
+        false = false_captions(captions, self.alternatives, draws[:, 1:]) if self.alternatives else []
         images, texts = self.encoder(images, self.encoder.text_ids(captions + false, truncate=True))
         scale, bias = self.encoder.logit_scale.exp(), self.encoder.logit_bias
         negatives = texts[len(captions) :] if false else None
         loss = sigmoid_loss_over_ranks(images, texts[: len(captions)], scale, bias, negatives)
         yield "encoder", loss, {"loss": loss.detach(), "scale": scale.detach(), "bias": bias.detach()}
-
-    def false_captions(self, captions: list[str], draws: Tensor) -> list[str]:
-        """Each caption with a word replaced, by draws (B, 3) from U[0, 1)."""
-        false = [
-            contradict(caption, self.alternatives, row) for caption, row in zip(captions, draws.tolist(), strict=True)
-        ]
-        if None in false:
-            raise ZooError(
-                f"the caption '{captions[false.index(None)]}' has no word of module.alternatives; add one that each "
-                "caption has, or leave the alternatives out."
-            )
-        return false
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """The loss within each batch, since ranks may have unequal ones."""
@@ -104,6 +92,20 @@ def captions_of(batch: dict) -> list[str]:
     if "caption" not in batch:
         raise ZooError(f"the batch has no field 'caption', but {sorted(batch)}; add it to data.fields.")
     return batch["caption"]
+
+
+def false_captions(captions: list[str], alternatives: Sequence[Sequence[str]], draws: Tensor) -> list[str]:
+    """Each caption with one of its words replaced by another of its list, by draws (B, 3) from U[0, 1).
+
+    Raises ZooError for a caption without any of the words.
+    """
+    false = [contradict(caption, alternatives, row) for caption, row in zip(captions, draws.tolist(), strict=True)]
+    if None in false:
+        raise ZooError(
+            f"the caption '{captions[false.index(None)]}' has no word of module.alternatives; add one that each "
+            "caption has, or leave the alternatives out."
+        )
+    return false
 
 
 def mirrored(images: Tensor, captions: list[str], draws: Tensor) -> Tensor:

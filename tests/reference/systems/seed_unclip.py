@@ -1,0 +1,2 @@
+def unclip_class_labels(vectors, case):
+    return {}
