@@ -1,4 +1,4 @@
-"""Names of the zoo: which there are, and how a name becomes a tokenizer, a generator or an encoder."""
+"""Names of the zoo: which there are, and how a name becomes a tokenizer, a generator, an encoder or a decoder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from zoo.tokenizer import Preset, config_fields, make_config
 
 
 class Registry:
-    """Names of one kind: "tokenizer", "generator" or "encoder".
+    """Names of one kind: "tokenizer", "generator", "encoder" or "decoder".
 
     A name is a Preset in the PRESETS of a file called like the kind, in any folder under zoo/tokenizers.
     """
@@ -151,9 +151,12 @@ def has_weights(preset: Preset) -> bool:
     return bool(location) and (location.startswith("hf://") or (resource("checkpoints") / location).is_file())
 
 
-KINDS = tokenizers, generators, encoders = Registry("tokenizer"), Registry("generator"), Registry("encoder")
+tokenizers, generators = Registry("tokenizer"), Registry("generator")
+encoders, decoders = Registry("encoder"), Registry("decoder")
+KINDS = tokenizers, generators, encoders, decoders
 presets, preset, weights_path = tokenizers.presets, tokenizers.preset, tokenizers.weights_path
 create_tokenizer, load_tokenizer, list_tokenizers = tokenizers.create, tokenizers.load, tokenizers.list
 register_tokenizer, save_tokenizer = tokenizers.register, save
 create_generator, load_generator, list_generators = generators.create, generators.load, generators.list
 create_encoder, load_encoder, list_encoders = encoders.create, encoders.load, encoders.list
+create_decoder, load_decoder, list_decoders = decoders.create, decoders.load, decoders.list

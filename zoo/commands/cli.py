@@ -85,7 +85,7 @@ def store_presets() -> None:
 
 
 def changed_fields(node: DictConfig, registry: Registry = tokenizers) -> dict:
-    """Fields of a tokenizer, generator or encoder in cfg that are not the preset's, for `load` of the registry."""
+    """Fields of what a registry makes, as in cfg, that are not the preset's, for its `load`."""
     config = registry.preset(node.name).config
     known = json.loads(json.dumps(config_fields(config)))  # tuples as lists, as they are in the node
     fields = {name: value for name, value in OmegaConf.to_container(node).items() if name not in ("_target_", "name")}

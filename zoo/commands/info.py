@@ -1,4 +1,4 @@
-"""`zoo info NAME`: everything the zoo knows about one tokenizer, generator or encoder."""
+"""`zoo info NAME`: everything the zoo knows about one tokenizer, generator, encoder or decoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`zoo list [PATTERN]`: the tokenizers, generators and encoders there are."""
+"""`zoo list [PATTERN]`: the tokenizers, generators, encoders and decoders there are."""
 
 from __future__ import annotations
 
