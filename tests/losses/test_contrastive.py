@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from zoo.losses.contrastive import sigmoid_loss, sigmoid_loss_over_ranks
+from zoo.losses.contrastive import contrastive_loss_over_ranks, sigmoid_loss, sigmoid_loss_over_ranks
 
 DRAWN = torch.Generator().manual_seed(0)
 IMAGES, TEXTS, OTHERS = (F.normalize(torch.randn(6, 4, generator=DRAWN, dtype=torch.float64), dim=-1) for _ in range(3))
@@ -21,15 +21,62 @@ def gradients(rows: slice):
     return [loss.detach(), *(one.grad for one in inputs)]
 
 
+def contrastive_gradients(rows: slice, gathers_gradient: bool):
+    """The same for the symmetric cross entropy."""
+    inputs = [IMAGES[rows].clone(), TEXTS[rows].clone(), torch.tensor(0.1), OTHERS[rows].clone()]
+    images, texts, temperature, others = (one.requires_grad_() for one in inputs)
+    loss = contrastive_loss_over_ranks(images, texts, temperature, 0.1, gathers_gradient, others)
+    loss.backward()
+    grads = [torch.zeros_like(one) if one.grad is None else one.grad for one in inputs]
+    return [loss.detach(), *grads]
+
+
 def run_rank(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(gradients(slice(3 * rank, 3 * rank + 3)), f"{folder}/{rank}.pt")
+    rows = slice(3 * rank, 3 * rank + 3)
+    found = {"sigmoid": gradients(rows)} | {flag: contrastive_gradients(rows, flag) for flag in (True, False)}
+    torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_ranks_have_the_loss_and_the_gradients_of_one_with_all_pairs(tmp_path):
-    mp.spawn(run_rank, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """By loss, what each of two ranks got for its half of the pairs."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(run_rank, (str(folder),), nprocs=2)
+    first, second = (torch.load(folder / f"{rank}.pt") for rank in (0, 1))
+    return {loss: (first[loss], second[loss]) for loss in first}
+
+
+@pytest.mark.parametrize("gathers_gradient", [True, False])
+def test_two_ranks_have_the_cross_entropy_and_the_gradients_of_one_with_all_pairs(two_ranks, gathers_gradient):
+    first, second = two_ranks[gathers_gradient]
+    loss, images, texts, temperature, others = contrastive_gradients(slice(0, 6), gathers_gradient)
+    for number, expected in ((0, loss), (3, temperature)):
+        torch.testing.assert_close((first[number] + second[number]) / 2, expected)
+    for number, expected in ((1, images), (2, texts), (4, others)):
+        torch.testing.assert_close(torch.cat([first[number], second[number]]) / 2, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_without_gathered_gradients_each_side_learns_from_its_own_rows_alone():
+    whole, own = (contrastive_gradients(slice(0, 6), flag) for flag in (True, False))
+    torch.testing.assert_close(whole[0], own[0])
+    assert not torch.allclose(whole[1], own[1])
+    assert whole[4].abs().sum() > 0
+    assert own[4].abs().sum() == 0
+
+
+def test_the_cross_entropy_is_that_of_clip():
+    images, texts, others = IMAGES.float(), TEXTS.float(), OTHERS.float()
+    logits = 10 * images @ torch.cat([texts, others]).T
+    rows = torch.arange(6)
+    expected = -(logits.log_softmax(1)[rows, rows] + (10 * texts @ images.T).log_softmax(1)[rows, rows]).mean() / 2
+    loss = contrastive_loss_over_ranks(images, texts, torch.tensor(0.1), negatives=others)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_two_ranks_have_the_loss_and_the_gradients_of_one_with_all_pairs(two_ranks):
+    first, second = two_ranks["sigmoid"]
     loss, images, texts, scale, bias, others = gradients(slice(0, 6))
     for number, expected in ((0, loss), (3, scale), (4, bias)):  # DDP averages the gradients of parameters
         torch.testing.assert_close((first[number] + second[number]) / 2, expected)

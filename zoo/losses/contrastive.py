@@ -50,7 +50,8 @@ def contrastive_loss_over_ranks(
 ) -> Tensor:
     """The symmetric cross entropy of CLIP (arXiv 2103.00020, figure 3) of this rank's pairs against those of all ranks.
 
-    The mean over N ranks, in value and in gradient (which DDP averages), is the loss of one rank with N * B pairs.
+    The mean over N ranks, in value and in gradient (which DDP averages), is the loss of one rank with N * B pairs. In
+    float32 whatever the autocast.
 
     Args:
         images, texts: (B, D), L2-normalised, as many on each rank.
@@ -60,14 +61,18 @@ def contrastive_loss_over_ranks(
             from texts only through its own row, and a text from images likewise (BLIP-2's and SEED's code).
         negatives: more texts (M, D) that belong to no image, as many on each rank.
     """
-    everywhere = [one if gathers_gradient else one.detach() for one in (images, texts)]
-    all_images, all_texts = (gather_over_ranks(one) for one in everywhere)
-    if negatives is not None:
-        more = negatives if gathers_gradient else negatives.detach()
-        all_texts = torch.cat([all_texts, gather_over_ranks(more)])
-    wanted = rank() * len(images) + torch.arange(len(images), device=images.device)
-    losses = [
-        F.cross_entropy(own @ others.T / temperature, wanted, label_smoothing=smoothing)
-        for own, others in ((images, all_texts), (texts, all_images))
-    ]
-    return (losses[0] + losses[1]) / 2
+    with torch.autocast(images.device.type, enabled=False):
+        images, texts = images.float(), texts.float()
+        compared = [images, texts if negatives is None else torch.cat([texts, negatives.float()])]
+        if not gathers_gradient:
+            compared = [one.detach() for one in compared]
+        all_images = gather_over_ranks(compared[0])
+        # of each rank its texts, then its negatives
+        all_texts = gather_over_ranks(compared[1])
+        first, count = rank() * len(compared[1]), len(images)
+        places = torch.arange(count, device=images.device)
+        of_images = F.cross_entropy(images @ all_texts.T / temperature, first + places, label_smoothing=smoothing)
+        of_texts = F.cross_entropy(
+            texts @ all_images.T / temperature, rank() * count + places, label_smoothing=smoothing
+        )
+        return (of_images + of_texts) / 2

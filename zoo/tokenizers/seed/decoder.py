@@ -172,6 +172,11 @@ class FlowDecoder(nn.Module):
             nn.init.zeros_(layer.weight)
 
     @property
+    def embed_shape(self) -> tuple[int, ...]:
+        """Of an embedding, without the batch."""
+        return (self.config.embed_dim,)
+
+    @property
     def device(self) -> torch.device:
         return self.no_embedding.device
 

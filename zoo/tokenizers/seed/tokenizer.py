@@ -122,7 +122,7 @@ class SeedConfig:
             )
         if self.vocabulary and self.vocabulary[:3] != TEXT_MARKS:
             raise ZooError(f"SeedConfig.vocabulary must begin with {' '.join(TEXT_MARKS)}, got {self.vocabulary[:3]}.")
-        if self.vocabulary and len(self.vocabulary) != self.qformer.vocab_size:
+        if self.qformer.vocab_size and self.vocabulary and len(self.vocabulary) != self.qformer.vocab_size:
             raise ZooError(
                 f"SeedConfig.qformer.vocab_size is {self.qformer.vocab_size}, and the vocabulary has "
                 f"{len(self.vocabulary)} words."
@@ -308,14 +308,14 @@ class SeedTokenizer(Tokenizer):
 
         negative: ids to lead away from, of one image or of B; settings: of the decoder.
         """
-        embedding, decoder = self.embedding_of(tokens), self.decoder
+        embedding, decoder = self.decode_embedding(tokens), self.decoder
         if decoder is None:
             if negative is not None or settings:
                 given = ", ".join([*(["negative"] if negative is not None else []), *settings])
                 raise ZooError(f"{self.info.name} decodes to embeddings, which has no settings, got {given}.")
             return embedding
         if negative is not None:
-            settings["negative"] = self.embedding_of(negative)
+            settings["negative"] = self.decode_embedding(negative)
         return decoder.to(self.device).decode(embedding, **settings)
 
     def _features(self, images: Tensor, quantized: bool = True) -> Tensor:
@@ -336,7 +336,7 @@ class SeedTokenizer(Tokenizer):
         return images @ texts.T / self.temperature
 
     @torch.no_grad()
-    def embedding_of(self, tokens: Tokens) -> Tensor:
+    def decode_embedding(self, tokens: Tokens) -> Tensor:
         """The embedding (B, E) or (B, T, E) that the ids stand for, not normalised: an estimate of what the image tower
         of CLIP makes of the image (of its text encoder's features of a caption, SEED-1).
 
@@ -351,7 +351,7 @@ class SeedTokenizer(Tokenizer):
         return self._from_codes(self.check_tokens(tokens).ids["image"])
 
     @torch.no_grad()
-    def text_embedding_of(self, tokens: Tokens) -> Tensor:
+    def embedding_of(self, tokens: Tokens) -> Tensor:
         """`encode_image` (B, text_dim) of an image from its ids, L2-normalised. Raises ZooError as features_of does."""
         return F.normalize(self.to_text_space(self.features_of(tokens)), dim=-1)
 
@@ -387,10 +387,10 @@ class SeedTokenizer(Tokenizer):
 
         Raises ZooError when it cannot be had, or takes embeddings of another shape.
         """
-        from zoo.tokenizers.seed.decoders import load_decoder
-
         shape = self.config.head.shape
         if isinstance(decoder, str):
+            from zoo.tokenizers.seed.decoders import load_decoder
+
             decoder = load_decoder(decoder, shape)
         if tuple(decoder.embed_shape) != shape:
             raise ZooError(

@@ -263,7 +263,8 @@ def start_from_siglip(tokenizer: SeedTokenizer, encoder: SigLIPEncoder) -> None:
     if sizes != wanted:
         raise ZooError(
             f"the image tower of {tokenizer.info.name} has patch_size, width, depth, num_heads, mlp_ratio, image_size "
-            f"and class_token {sizes}, and {encoder.info.name} is {wanted}; choose the encoder of its sizes, or tower=null."
+            f"and class_token {sizes}, and {encoder.info.name} is {wanted}; choose the encoder of its sizes, or leave "
+            "tower out."
         )
     state = {}
     for name, tensor in theirs.state_dict().items():
