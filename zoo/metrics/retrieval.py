@@ -66,3 +66,11 @@ class Retrieval(Metric):
 def _number(text: str) -> int:
     """64 bits that stand for a text, since ranks exchange tensors only."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def recalls_at_one(images: Tensor, texts: Tensor, captions: Sequence[str]) -> dict[str, float]:
+    """Recall at 1 in both directions, "image_to_text" and "text_to_image", of embeddings (B, D) of images and of their
+    captions."""
+    metric = Retrieval((1,))
+    metric.update(images, texts, captions)
+    return {name.removesuffix("_recall@1"): value.item() for name, value in metric.compute().items()}

@@ -25,18 +25,11 @@ from torchvision.utils import make_grid, save_image
 
 import zoo
 from zoo.data import read_all, scenes
-from zoo.metrics.retrieval import Retrieval
+from zoo.metrics.retrieval import recalls_at_one
 from zoo.tokenizers.dualtoken.tokenizer import DualTokenTokenizer
 
 BATCH = 64
 TEACHER = "siglip-tiny"
-
-
-def retrieval(images: Tensor, texts: Tensor, captions: list[str]) -> dict[str, float]:
-    """Recall at 1 in both directions, of embeddings (B, D) of images and of their captions."""
-    metric = Retrieval((1,))
-    metric.update(images, texts, captions)
-    return {name: value.item() for name, value in metric.compute().items()}
 
 
 def scores(tokenizer: DualTokenTokenizer, levels: int, batch: dict, texts: Tensor, taught: Tensor) -> dict[str, float]:
@@ -53,7 +46,9 @@ def scores(tokenizer: DualTokenTokenizer, levels: int, batch: dict, texts: Tenso
     )
     psnr = (-10 * torch.cat(errors).log10()).mean().item()
     cosine = F.cosine_similarity(embedded, taught).mean().item()
-    return {"bits": bits, "psnr": psnr} | retrieval(embedded, texts, batch["caption"]) | {"cosine to teacher": cosine}
+    return (
+        {"bits": bits, "psnr": psnr} | recalls_at_one(embedded, texts, batch["caption"]) | {"cosine to teacher": cosine}
+    )
 
 
 def pictures(tokenizer: DualTokenTokenizer, images: Tensor) -> Tensor:
@@ -77,7 +72,7 @@ def main() -> None:
         for embed, field in ((teacher.encode_image, "image"), (teacher.encode_text, "caption"))
     )
 
-    rows = [{"weights": f"teacher, {TEACHER}", "levels": ""} | retrieval(taught, texts, val["caption"])]
+    rows = [{"weights": f"teacher, {TEACHER}", "levels": ""} | recalls_at_one(taught, texts, val["caption"])]
     for tokenizer, weights in zip(tokenizers, args.weights, strict=True):
         most = max(tokenizer.info.levels.values())
         for levels in track(range(1, most + 1), f"{weights or args.name}", transient=True):

@@ -9,6 +9,7 @@ from typing import Any
 from zoo import weights
 from zoo.errors import ZooError
 from zoo.registry import decoders
+from zoo.tokenizers.seed import unclip
 
 
 def load_decoder(source: str, shape: tuple[int, ...]) -> Any:
@@ -25,6 +26,4 @@ def load_decoder(source: str, shape: tuple[int, ...]) -> Any:
         if about.get("name") not in decoders.presets():
             raise ZooError(f"{path} is no decoder that was trained here; name one, or the folder of a pipeline.")
         return decoders.load(about["name"], path)
-    from zoo.tokenizers.seed.unclip import load_pipeline
-
-    return load_pipeline(source, shape)
+    return unclip.load_decoder(source, shape)
