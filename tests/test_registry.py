@@ -7,7 +7,7 @@ import torch
 
 import zoo
 from zoo import ZooError
-from zoo.registry import preset, presets
+from zoo.registry import KINDS, preset, presets
 from zoo.tokenizer import config_fields, make_config
 
 
@@ -23,6 +23,19 @@ def test_names_are_listed_by_pattern_and_by_having_weights():
     assert zoo.list_tokenizers("aurora-t*") == ["aurora-tiny"]
     assert "aurora-depth" not in zoo.list_tokenizers(pretrained=True)
     assert "aurora-depth" in zoo.list_tokenizers(pretrained=False)
+
+
+def test_every_kind_has_its_own_names():
+    """And its three functions, which are those of the package."""
+    assert [kind.kind for kind in KINDS] == ["tokenizer", "generator", "encoder", "decoder"]
+    names = [name for kind in KINDS for name in kind.presets()]
+    assert len(names) == len(set(names))
+    for kind in KINDS:
+        assert getattr(zoo, f"list_{kind.kind}s")() == sorted(kind.presets())
+        assert getattr(zoo, f"create_{kind.kind}") == kind.create
+        assert getattr(zoo, f"load_{kind.kind}") == kind.load
+        with pytest.raises(ZooError, match=f"no {kind.kind} is called 'nothing'"):
+            kind.create("nothing")
 
 
 def test_every_shipped_name_loads_and_reconstructs():
