@@ -99,8 +99,9 @@ def qformer(vectors: Vectors, case: str) -> dict[str, Tensor]:
     found.watch_layers("hidden", net.layers, 1)
     context = tokenizer.read(vectors.input(case, "image"))
     last, layer = net(queries, context), net.layers[0]
-    x = found["hidden0"].expand(len(context), -1, -1)
     causal = net.config.is_causal(queries.shape[1])
+    found = for_each(found, len(context))
+    x = found["hidden0"]
     found["self_attention0"] = probabilities(*layer.attn.heads(x)[:2], causal)[:1]
     read = layer.cross_attn.heads(layer.attn(x, is_causal=causal), context)
     found["cross_attention0"] = probabilities(*read[:2], False)[:1]
@@ -143,10 +144,12 @@ def decode_embed(vectors: Vectors, case: str) -> dict[str, Tensor]:
         found.watch_layers("reverse_hidden", tokenizer.head.qformer.layers, 1)
     decoded = tokenizer.decoded(tokenizer.quantizer.codes(vectors.input(case, "ids")))
     embedding = tokenizer.to_embedding(decoded)
-    for name in found:
-        if found[name].shape[0] == 1:  # one set of queries serves the batch
-            found[name] = found[name].expand(len(embedding), -1, -1)
-    return found | {"decode_task": decoded, "image_embed": embedding}
+    return for_each(found, len(embedding)) | {"decode_task": decoded, "image_embed": embedding}
+
+
+def for_each(found: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Where one set of queries served all images of a batch, a copy for each."""
+    return {name: one.expand(count, *one.shape[1:]) if len(one) == 1 else one for name, one in found.items()}
 
 
 @torch.no_grad()

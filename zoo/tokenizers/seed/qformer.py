@@ -79,6 +79,7 @@ class Attention(nn.Module):
         """x (B, N, D), context (B, M, C); mask: bool, broadcastable to (B, heads, N, M), True where a row looks."""
         dropout = self.dropout if self.training else 0.0
         q, k, v = self.heads(x, context)
+        q = q.expand(len(k), -1, -1, -1)  # of queries that no image has told apart yet
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
         return self.norm(self.drop(self.proj(rearrange(out, "b h n d -> b n (h d)"))) + x)
 
@@ -170,7 +171,9 @@ class QFormer(nn.Module):
         num_queries = 0 if queries is None else queries.shape[1]
         parts = []
         if queries is not None:
-            parts.append(queries.expand(len(context), -1, -1))
+            # until they read an image, and without dropout, the same for all images
+            same = ids is None and not (self.training and self.config.dropout)
+            parts.append(queries if same else queries.expand(len(context), -1, -1))
         if ids is not None:
             parts.append(self.token_embed(ids) + self.pos_embed.weight[: ids.shape[1]])
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
