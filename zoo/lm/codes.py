@@ -168,7 +168,7 @@ def pick(scores: Tensor, draws: Tensor | None = None, temperature: float = 1.0, 
     """
     if draws is None:
         return scores.argmax(1)
-    likely, order = (scores.double() / temperature).softmax(1).sort(1, descending=True, stable=True)
+    likely, order = (scores.double() / temperature).softmax(1).sort(dim=1, descending=True, stable=True)
     total = likely.cumsum(1)
     kept = total - likely < top_p
     kept[:, 0] = True
