@@ -69,6 +69,52 @@ def test_what_does_not_belong_is_refused(vocabulary, call, complaint):
         call(vocabulary)
 
 
+@pytest.mark.parametrize("stream", [DEPTH, RESIDUAL])
+def test_images_survive_a_text_and_blanks_in_it(stream):
+    images = [torch.tensor([[0, 1, 3], [3, 3, 3]]), torch.tensor([[1, 1, 0], [0, 2, 2]])]
+    images = images if stream.levels > 1 else [image[:, 0] for image in images]
+    text = f"a {stream.to_text(images[0])} and {stream.to_text(images[1])}."
+    for one in (text, text.replace("><", "> \n<")):
+        found = list(stream.from_text(one, 2))
+        assert len(found) == 2
+        assert all(torch.equal(*pair) for pair in zip(found, images, strict=True))
+    assert list(stream.from_text("none", 2)) == []
+
+
+def test_whole_images_are_found_in_ids_that_a_model_wrote(vocabulary):
+    images = [
+        Tokens(ids={"depth": torch.tensor([[1, 2]]), "pixel": torch.tensor([[[0, 1, 2], [3, 3, 3]]])}),
+        Tokens(ids={"depth": torch.tensor([[4, 0]])}),
+    ]
+    ids = vocabulary.join([[1, 2], *images, torch.tensor([3])])
+    assert [codes.tolist() for codes in vocabulary.images_in(ids, "depth", 2)] == [[1, 2], [4, 0]]
+    assert [codes.tolist() for codes in vocabulary.images_in(ids.tolist(), "pixel", 2)] == [[[0, 1, 2], [3, 3, 3]]]
+    assert vocabulary.images_in([1, 2, 3], "depth", 2) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        (
+            lambda v: list(DEPTH.from_text("<D><D_1></D> and <D><D_1>", 1)),
+            "expected </D> behind <D>, the text has none",
+        ),
+        (lambda v: list(DEPTH.from_text("<D><D_1><D_2></D>", 1)), "an image of 1 words, got 2"),
+        (lambda v: list(DEPTH.from_text("<D><D_5></D>", 1)), "words <D_0> to <D_4>, got <D_5>"),
+        (lambda v: list(DEPTH.from_text("<D><D_1>?</D>", 1)), r"only words .* got also '\?'"),
+        (lambda v: list(RESIDUAL.from_text("<P><P_00><P_04><P_1></P>", 1)), "got also"),
+        (lambda v: list(RESIDUAL.from_text("<P><P_00><P_04><P_07></P>", 1)), "got <P_07> at level 2"),
+        (lambda v: v.images_in([10, 12], "depth", 1), "expected </D> .11. behind <D>"),
+        (lambda v: v.images_in([10, 12, 12, 11], "depth", 1), "an image of 1 words, got 2"),
+        (lambda v: v.images_in([10, 3, 11], "depth", 1), r"12\.\.16"),
+        (lambda v: v.images_in([29, 17, 17, 17, 30], "pixel", 1), "range of its level"),
+    ],
+)
+def test_malformed_images_are_reported_not_repaired(vocabulary, call, complaint):
+    with pytest.raises(ZooError, match=complaint):
+        call(vocabulary)
+
+
 def text_tokenizer(size=10):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,45 @@ class Stream:
         marks = [mark for mark in (self.begin, self.end) if mark]
         codes = [self.word.format(i) for i in range(self.size * self.levels)]
         return marks + codes if self.marks_first else codes + marks
+
+    def to_text(self, codes: Tensor | Sequence[int]) -> str:
+        """Codes (N,), of a residual stream (N, levels), of one image to its words in a row, with those around it.
+
+        Codes may also be a grid; their range is not checked.
+        """
+        codes = torch.as_tensor(codes)
+        if self.levels > 1:
+            codes = codes + self.size * torch.arange(self.levels, device=codes.device)
+        words = (self.word.format(number) for number in codes.flatten().tolist())
+        return "".join((self.begin or "", *words, self.end or ""))
+
+    def from_text(self, text: str, length: int) -> Iterator[Tensor]:
+        """The codes (length,), of a residual stream (length, levels), of each image in a text, in their order.
+
+        Blanks between words are ignored, as slow text tokenizers add them. Raises ZooError for an image without an
+        end, one of another length, a word beyond the codebook (or of another level) and anything else between begin and
+        end: nothing is repaired silently.
+        """
+        place, count = 0, length * self.levels
+        first, last = (self.word.format(number) for number in (0, self.size * self.levels - 1))
+        pattern = r"(\d+)".join(re.escape(part) for part in re.split(r"\{.*?\}", self.word))
+        while (start := text.find(self.begin, place)) >= 0:
+            place = text.find(self.end, start)
+            if place < 0:
+                raise ZooError(f"expected {self.end} behind {self.begin}, the text has none: {text[start:][:80]!r}.")
+            body = re.sub(r"\s+", "", text[start + len(self.begin) : place])
+            numbers = [int(number) for number in re.findall(pattern, body)]
+            if body != "".join(map(self.word.format, numbers)):
+                rest = re.sub(pattern, "", body) or body
+                raise ZooError(f"expected only words {first} to {last} in an image, got also {rest[:40]!r}.")
+            if len(numbers) != count:
+                raise ZooError(f"expected an image of {count} words, got {len(numbers)}; cut off or malformed text.")
+            codes = torch.tensor(numbers).view(length, self.levels) - self.size * torch.arange(self.levels)
+            wrong = ((codes < 0) | (codes >= self.size)).flatten().nonzero()[:, 0].tolist()
+            if wrong:
+                level = f" at level {wrong[0] % self.levels}" if self.levels > 1 else ""
+                raise ZooError(f"expected words {first} to {last}, got {self.word.format(numbers[wrong[0]])}{level}.")
+            yield codes if self.levels > 1 else codes[:, 0]
 
 
 class Vocabulary:
@@ -155,6 +195,26 @@ class Vocabulary:
                 raise ZooError(f"{len(part)} ids of '{name}' are no whole number of positions of {levels} levels.")
             pieces.append((name, self.to_codes(name, part.unflatten(0, (-1, levels)) if levels > 1 else part)))
         return pieces
+
+    def images_in(self, ids: Tensor | Sequence[int], stream: str, length: int) -> list[Tensor]:
+        """The codes (length,) or (length, levels) of each image of a stream in a sequence (T,) that a model wrote.
+
+        Unlike `split` this takes whole images alone: ZooError for one without an end, of another length, or with other
+        ids between begin and end.
+        """
+        chosen, ids = self._stream(stream), torch.as_tensor(ids, dtype=torch.int64).tolist()
+        begin, end, count = self.id_of(chosen.begin), self.id_of(chosen.end), length * chosen.levels
+        found, place = [], 0
+        while begin in ids[place:]:
+            start = ids.index(begin, place) + 1
+            if end not in ids[start:]:
+                raise ZooError(f"expected {chosen.end} ({end}) behind {chosen.begin}, the ids have none; cut off?")
+            place = ids.index(end, start)
+            if place - start != count:
+                raise ZooError(f"expected an image of {count} words, got {place - start}; cut off or malformed.")
+            image = torch.tensor(ids[start:place])
+            found.append(self.to_codes(stream, image.unflatten(0, (-1, chosen.levels)) if chosen.levels > 1 else image))
+        return found
 
     def extend_tokenizer(self, tokenizer) -> None:
         """Add all words to a transformers tokenizer, as ordinary added tokens that decoding keeps.

@@ -53,3 +53,48 @@ def draws(count, seed=2):
 
 def generators(count):
     return [torch.Generator().manual_seed(i) for i in range(count)]
+
+
+CODE_TOKENIZERS = {
+    "plain": (
+        "vqgan-tiny",
+        {"image_size": 16, "codebook_size": 12, "ema_decay": 0.0, "restart_below": 0.0},
+    ),
+    "residual": (
+        "dualtoken-tiny",
+        {
+            **{"image_size": 16, "encoder": {"image_size": 16}, "decoder": {"image_size": 16}},
+            **{"semantic": {"codebook_size": 6, "levels": 2}, "pixel": {"codebook_size": 5, "levels": 3}},
+        },
+    ),
+}
+CODE_SIZES = {**SIZES, "num_key_value_heads": 1, "max_position_embeddings": 96}
+
+
+def code_tokenizer(kind="plain"):
+    torch.manual_seed(0)
+    name, sizes = CODE_TOKENIZERS[kind]
+    tokenizer = zoo.create_tokenizer(name, **sizes).eval()
+    with torch.no_grad():  # so that images differ
+        for parameter in tokenizer.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return tokenizer
+
+
+def text_words(captions=CAPTIONS, bos=False):
+    words = train_text_tokenizer(captions, 280)
+    if bos:
+        words.add_special_tokens({"bos_token": "<s>"})
+    return words
+
+
+def make_codes(kind="plain", lm=None, std=0.1, bos=False, **settings):
+    """A model of ids with random weights; kind: of CODE_TOKENIZERS, or a tokenizer."""
+    tokenizer = code_tokenizer(kind) if isinstance(kind, str) else kind
+    config = LANGUAGE_MODELS[lm] if isinstance(lm, str) else lm or Qwen2Config(**CODE_SIZES)
+    torch.manual_seed(0)
+    model = VisualLM.create(config, text_words(bos=bos), tokenizer, bos=bos, **settings)
+    with torch.no_grad():
+        for parameter in model.lm.parameters():
+            parameter.add_(std * torch.randn_like(parameter))
+    return model.eval()

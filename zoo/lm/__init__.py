@@ -1,6 +1,8 @@
 """Language models that read and write images through a tokenizer of the zoo."""
 
+from zoo.lm.codes import CodeVision
 from zoo.lm.generate import generate_image, generate_text
-from zoo.lm.model import FlowVision, VisualLM
+from zoo.lm.latents import FlowVision
+from zoo.lm.model import VisualLM
 
-__all__ = ["FlowVision", "VisualLM", "generate_image", "generate_text"]
+__all__ = ["CodeVision", "FlowVision", "VisualLM", "generate_image", "generate_text"]

@@ -1,14 +1,14 @@
-"""A causal language model that reads MingTok's features and writes its latents (arXiv 2510.06590), at any size.
+"""A causal language model that reads and writes images through a tokenizer of the zoo, at any size.
 
-Words go through one vocabulary: an image in a sequence is <image>, one <imagePatch> for each latent, </image>. At a
-patch the model reads the projected feature of its latent instead of an embedded word, and what it has read before a
-patch, at <image> or at the patch before, is the condition under which a flow head writes that patch's latent.
+Words and images go through one vocabulary: an image in a sequence is a begin word, a word for each of its tokens, and
+an end word. What stands behind these words, how the model reads it and how it is written is the matter of its visual
+side: ids of a discrete tokenizer (zoo.lm.codes, as in SEED-LLaMA, arXiv 2310.01218) or latents behind a flow head
+(zoo.lm.latents, as in Ming-UniVision, arXiv 2510.06590).
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,50 +26,17 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from zoo import registry, weights
+from zoo import registry
 from zoo.errors import ZooError
-from zoo.tokenizer import Tokens, config_fields, make_config
+from zoo.lm.codes import CodeVision
+from zoo.lm.latents import FlowVision, patches
+from zoo.lm.vision import Vision
+from zoo.tokenizer import Tokenizer, Tokens
 from zoo.tokenizers.mingtok.head import FlowHead, FlowHeadConfig
 from zoo.tokenizers.mingtok.tokenizer import MingTokTokenizer
 from zoo.vocabulary import Stream, Vocabulary
 
-IMAGE = Stream("image", 1, "<imagePatch>", begin="<image>", end="</image>")
-
-HEAD_FILE, TOKENIZER_FILE = "head.safetensors", "visual_tokenizer.safetensors"
-
-
-class FlowVision(nn.Module):
-    """The visual side: a frozen MingTok, and the head between it and the language model.
-
-    Raises ZooError when the widths of the two differ.
-    """
-
-    def __init__(self, tokenizer: MingTokTokenizer, head: FlowHead):
-        super().__init__()
-        self.tokenizer, self.head = tokenizer.eval().requires_grad_(False), head
-        for field, ours in (
-            ("feature_dim", tokenizer.config.semantic_width),
-            ("latent_dim", tokenizer.config.latent_dim),
-        ):
-            if getattr(head.config, field) != ours:
-                raise ZooError(
-                    f"the flow head has {field} {getattr(head.config, field)} and {tokenizer.info.name} needs {ours}; "
-                    f"set head.{field}."
-                )
-
-    def inputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) in [0, 1] to what the model reads for them (B, N, hidden_size), and writes (B, N, C).
-
-        Unchecked, since checks would wait for the device in each training step; see tokenizer.check_images.
-        """
-        with torch.no_grad():
-            latents = self.tokenizer.encoder(self.tokenizer.to_values(images))[:, :-1]
-            features = self.tokenizer.semantic_decoder(latents)
-        return self.head.project(features), self.tokenizer.normalize(latents)
-
-    def loss(self, hidden: Tensor, targets: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Errors (n,) of the targets (n, C) after the hidden states (n, hidden_size), see FlowHead.loss."""
-        return self.head.loss(self.head.condition(hidden), targets, t, noise)
+VISIONS = FlowVision, CodeVision
 
 
 class VisualLM(nn.Module):
@@ -77,61 +44,66 @@ class VisualLM(nn.Module):
 
     Args:
         lm: with rows for all words.
-        words: the text tokenizer, with the words of IMAGE last; see `create`.
-        vision: images to inputs and targets.
+        words: the text tokenizer, with the words of the visual side last; see `create`.
+        vision: how images are read and written.
+        bos: sequences begin with the text tokenizer's bos_token, as those of LLaMA do.
 
     Raises:
-        ZooError: the three do not fit together.
+        ZooError: the parts do not fit together.
     """
 
-    def __init__(self, lm: PreTrainedModel, words: PreTrainedTokenizerFast, vision: FlowVision):
+    def __init__(self, lm: PreTrainedModel, words: PreTrainedTokenizerFast, vision: Vision, bos: bool = False):
         super().__init__()
-        self.lm, self.words, self.vision = lm, words, vision
-        self.vocabulary = Vocabulary(len(words) - len(IMAGE.words()), [IMAGE])
+        self.lm, self.words, self.vision, self.bos = lm, words, vision, bos
+        added = sum(len(stream.words()) for stream in vision.streams)
+        self.vocabulary = Vocabulary(len(words) - added, vision.streams)
         self._check()
 
     def _check(self) -> None:
-        if any(self.words.convert_tokens_to_ids(word) != self.vocabulary.id_of(word) for word in IMAGE.words()):
-            raise ZooError(
-                f"the last words of the text tokenizer must be {', '.join(IMAGE.words())}; VisualLM.create adds them."
-            )
+        added = self.vocabulary.words
+        if self.words.convert_tokens_to_ids(added) != list(range(self.vocabulary.text_size, len(self.vocabulary))):
+            named = ", ".join(added if len(added) < 7 else [*added[:3], "...", added[-1]])
+            raise ZooError(f"the last words of the text tokenizer must be {named}; VisualLM.create adds them.")
         if self.words.eos_token_id is None:
             raise ZooError("the text tokenizer has no eos_token, which ends a caption; set one.")
+        if self.bos and self.words.bos_token_id is None:
+            raise ZooError("the text tokenizer has no bos_token to begin with; set one, or bos=False.")
         rows = self.lm.get_input_embeddings().weight.shape[0]
         if rows < len(self.vocabulary):
             raise ZooError(
                 f"the language model has {rows} words and the text tokenizer {len(self.vocabulary)}; "
                 "extend it as VisualLM.create does."
             )
-        width, head = self.lm.config.get_text_config().hidden_size, self.vision.head.config
-        if head.hidden_size != width:
-            raise ZooError(
-                f"the flow head has hidden_size {head.hidden_size} and the language model {width}; "
-                "set head.hidden_size."
-            )
+        self.vision.check(self.lm.config.get_text_config().hidden_size)
 
     @classmethod
     def create(
         cls,
         lm: PretrainedConfig | str | Path,
         words: PreTrainedTokenizerFast | str | Path,
-        tokenizer: MingTokTokenizer,
-        head: FlowHeadConfig,
+        tokenizer: Tokenizer,
+        head: FlowHeadConfig | None = None,
+        streams: Sequence[Stream | str] | None = None,
+        num_tokens: int | None = None,
+        bos: bool = False,
     ) -> VisualLM:
-        """A model to be trained: the head is fresh, and the words of images are added.
+        """A model to be trained: a flow head is fresh, and the words of images are added.
 
         Args:
             lm: sizes of a fresh language model, but for its number of words, or hub id or folder of a trained one.
             words: a text tokenizer, which receives the new words, or hub id or folder of one.
-            tokenizer: frozen from now on.
-            head: its sizes.
+            tokenizer: of images, frozen from now on.
+            head: sizes of the flow head that MingTok needs.
+            streams, num_tokens: for a discrete tokenizer, see CodeVision.
+            bos: see VisualLM.
 
         Raises:
             ZooError: the parts cannot be had, or do not fit together.
         """
+        vision = _vision(tokenizer, head, streams, num_tokens)
         if isinstance(words, (str, Path)):
             words = _pretrained(PreTrainedTokenizerFast, words)
-        vocabulary = Vocabulary(len(words), [IMAGE])
+        vocabulary = Vocabulary(len(words), vision.streams)
         vocabulary.extend_tokenizer(words)
         if isinstance(lm, PretrainedConfig):
             lm = copy.deepcopy(lm)
@@ -142,7 +114,7 @@ class VisualLM(nn.Module):
             # many models have more rows than words, and those serve
             if lm.get_input_embeddings().weight.shape[0] < len(vocabulary):
                 vocabulary.extend_embedding(lm)
-        return cls(lm, words, FlowVision(tokenizer, FlowHead(head)))
+        return cls(lm, words, vision, bos)
 
     @property
     def context(self) -> int:
@@ -155,10 +127,14 @@ class VisualLM(nn.Module):
         """A text as ids, without words for its beginning or end."""
         return self.words(text, add_special_tokens=False)["input_ids"]
 
-    def join(self, *pieces: Sequence[int] | int) -> Tensor:
-        """Text, as ids, and images, as numbers of tokens, to one sequence of ids (T,)."""
-        image = lambda count: Tokens(ids={"image": torch.zeros(1, count, dtype=torch.int64)})  # noqa: E731
-        return self.vocabulary.join([image(piece) if isinstance(piece, int) else piece for piece in pieces])
+    def join(self, *pieces: Sequence[int] | Tokens | int) -> Tensor:
+        """Text, as ids, and images to one sequence of ids (T,), which begins with the bos_token where the model has it.
+
+        An image is Tokens of one, as Vision.see gives them; one of latents can be their number.
+        """
+        start = [[self.words.bos_token_id]] if self.bos else []
+        pieces = [patches(1, piece) if isinstance(piece, int) else piece for piece in pieces]
+        return self.vocabulary.join([*start, *pieces])
 
     def pad(self, sequences: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
         """Ids (B, T) of sequences of different lengths, filled at their "left" or "right", and which are live; both on
@@ -168,13 +144,12 @@ class VisualLM(nn.Module):
         return ids, pad_sequence(live, True, False, side)
 
     def embed(self, ids: Tensor, images: Tensor | None = None) -> Tensor:
-        """Inputs (B, T, hidden_size) for ids: embedded words and, at the patches, the images (n, N, hidden_size), as
-        FlowVision.inputs gives them, in the order in which they come."""
+        """Inputs (B, T, hidden_size) for ids: embedded words and, where it is not the words that are read of images,
+        the inputs (n, N, hidden_size) of Vision.see, in the order in which they come."""
         inputs = self.lm.get_input_embeddings()(ids)
         if images is None:
             return inputs
-        patches = ids == self.vocabulary.id_of(IMAGE.word)
-        return inputs.masked_scatter(patches[..., None], images.to(inputs.dtype))
+        return inputs.masked_scatter((self.vocabulary.stream_of(ids) >= 0)[..., None], images.to(inputs.dtype))
 
     def run(
         self, inputs: Tensor, live: Tensor, keep: int | Tensor, cache: DynamicCache | None = None
@@ -197,61 +172,85 @@ class VisualLM(nn.Module):
         )
 
     def forward(
-        self, texts: Sequence[str], images: Tensor, to_image: Tensor, dropped: Tensor, t: Tensor, noise: Tensor
+        self,
+        texts: Sequence[str],
+        images: Tensor,
+        to_image: Tensor,
+        dropped: Tensor,
+        *draws: Tensor,
+        all_words: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Losses of pairs of a text and an image, each in one of two directions:
 
-            text <image> patches </image>           latents are targets
-            <image> patches </image> text, its end  words behind the image are targets
+            text, image            tokens of the image are learned
+            image, text, its end   words behind the image are learned
 
         Texts too long for the context are cut off.
 
         Args:
             texts: B.
-            images: (B, 3, H, W) in [0, 1].
+            images: (B, C, H, W) in [0, 1].
             to_image: (B,) bool on the CPU, True: text to image; False: image to text.
             dropped: (B,) bool on the CPU: without the text, for guidance, where it leads to an image.
-            t: (B, N) times in [0, 1].
-            noise: (B, N, C) standard normal.
+            draws: of Vision.draws for B images, rows of the images; a flow head's are times (B, N) and noise (B, N, C).
+            all_words: every word that has one before it is learned, as in SEED-LLaMA: the text before an image, an
+                image before a text, the words around it, and the end of every sequence.
 
         Returns:
-            Cross entropy (n,) of each word, and squared error (m,) of the velocity of each latent.
+            Cross entropy (n,) of each word of a text, and (m,) that of each word of an image, where these are tokens,
+            or the error of each latent.
         """
-        inputs, latents = self.vision.inputs(images)
-        count = inputs.shape[1]
-        room = self.context - count - 3  # marks, end of text
-        if room < 1:
-            raise ZooError(f"an image of {count} tokens and a text do not fit into a context of {self.context}.")
-        sequences = []
-        for text, image_last, drop in zip(texts, to_image.tolist(), dropped.tolist(), strict=True):
+        if all_words and not self.vision.spoken:
+            raise ZooError("all_words is for images of words, and these have latents; leave it out.")
+        seen = self.vision.see(images)
+        sequences, end = [], [self.words.eos_token_id]
+        for i, (text, image_last, drop) in enumerate(zip(texts, to_image.tolist(), dropped.tolist(), strict=True)):
+            image = self.vocabulary.join([seen.tokens[i]])
+            room = self.context - self.bos - len(image) - 1  # for the end
+            if room < 1:
+                raise ZooError(
+                    f"an image of {len(image)} words and a text do not fit into a context of {self.context}."
+                )
             ids = self.text_ids(text)[:room]
-            before, after = ([] if drop else ids, []) if image_last else ([], [*ids, self.words.eos_token_id])
-            sequences.append(self.join(before, count, after))
+            before, after = (ids, end if all_words else []) if image_last else ([], [*ids, *end])
+            before = [] if image_last and drop else before
+            sequences.append(torch.cat([self.join(before), image, self.vocabulary.join([after])]))
         ids, live = self.pad(sequences, "right")
 
         # what is learned where is known on the CPU: a training step never waits for the device
         following = ids[:, 1:]
-        words = (following < self.vocabulary.text_size) & live[:, 1:] & ~to_image[:, None]
-        patches = (following == self.vocabulary.id_of(IMAGE.word)) & to_image[:, None]
-        keep = words.any(0).nonzero()[:, 0]
-        place = lambda chosen: tuple(index.to(inputs.device) for index in chosen.nonzero(as_tuple=True))  # noqa: E731
-        output = self.run(self.embed(ids.to(inputs.device), inputs), live.to(inputs.device), keep.to(inputs.device))
-        logits, hidden = output.logits[place(words[:, keep])], output.hidden_states[-1][place(patches)]
-        text_loss = F.cross_entropy(logits.float(), following[words].to(inputs.device), reduction="none")
-        targets = (one[place(to_image)].flatten(0, 1) for one in (latents, t, noise))
-        return text_loss, self.vision.loss(hidden, *targets)
+        words = (following < self.vocabulary.text_size) & live[:, 1:]
+        tokens = self.vocabulary.stream_of(following) >= 0
+        if all_words:
+            tokens = following >= self.vocabulary.text_size
+        else:
+            words, tokens = words & ~to_image[:, None], tokens & to_image[:, None]
+        said = words | tokens if self.vision.spoken else words
+        keep, device = said.any(0).nonzero()[:, 0], images.device
+        place = lambda chosen: tuple(index.to(device) for index in chosen.nonzero(as_tuple=True))  # noqa: E731
+        inputs = self.embed(ids.to(device), seen.inputs)
+        output = self.run(inputs, live.to(device), keep.to(device))
+
+        def cross_entropy(chosen: Tensor) -> Tensor:
+            logits = output.logits[place(chosen[:, keep])]
+            return F.cross_entropy(logits.float(), following[chosen].to(device), reduction="none")
+
+        if self.vision.spoken:
+            return cross_entropy(words), cross_entropy(tokens)
+        targets = (one[place(to_image)].flatten(0, 1) for one in (seen.latents, *draws))
+        return cross_entropy(words), self.vision.loss(output.hidden_states[-1][place(tokens)], *targets)
 
     # Files
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that `load` reads and, for the language model and its words alone, transformers does too."""
-        folder, tokenizer = Path(folder), self.vision.tokenizer
-        registry.preset(tokenizer.info.name)  # by which load finds its class
+        folder = Path(folder)
+        registry.preset(self.vision.tokenizer.info.name)  # by which load finds its class
         self.lm.save_pretrained(folder)
         self.words.save_pretrained(folder)
-        about = {"tokenizer": tokenizer.info.name, "config": config_fields(self.vision.head.config)}
-        weights.save(folder / HEAD_FILE, self.vision.head.state_dict(), about)
-        registry.save(tokenizer, folder / TOKENIZER_FILE)
+        for kind in VISIONS:  # of another model that was here
+            (folder / kind.FILE).unlink(missing_ok=True)
+        self.vision.save(folder, {"bos": self.bos})
 
     @classmethod
     def load(
@@ -259,16 +258,35 @@ class VisualLM(nn.Module):
     ) -> VisualLM:
         """What `save` wrote, in evaluation mode; device and dtype as in torch. Raises ZooError for anything else."""
         folder = Path(folder).expanduser()
-        if not (folder / HEAD_FILE).is_file():
-            raise ZooError(f"{folder} is no folder that VisualLM.save wrote: it has no {HEAD_FILE}.")
-        state, metadata = weights.read(folder / HEAD_FILE)
-        about = json.loads(metadata["zoo"])
-        head = FlowHead(make_config(FlowHeadConfig(), about["config"]))
-        weights.load(head, state, folder / HEAD_FILE)
-        tokenizer = registry.load_tokenizer(about["tokenizer"], folder / TOKENIZER_FILE)
+        kind = next((kind for kind in VISIONS if (folder / kind.FILE).is_file()), None)
+        if kind is None:
+            files = " nor ".join(kind.FILE for kind in VISIONS)
+            raise ZooError(f"{folder} is no folder that VisualLM.save wrote: it has neither {files}.")
+        vision, about = kind.load(folder)
         lm = _pretrained(AutoModelForCausalLM, folder, use_safetensors=True)
-        model = cls(lm, _pretrained(PreTrainedTokenizerFast, folder), FlowVision(tokenizer, head))
+        model = cls(lm, _pretrained(PreTrainedTokenizerFast, folder), vision, about.get("bos", False))
         return model.to(device=device, dtype=dtype).eval()
+
+
+def _vision(
+    tokenizer: Tokenizer,
+    head: FlowHeadConfig | None,
+    streams: Sequence[Stream | str] | None,
+    num_tokens: int | None,
+) -> Vision:
+    info = tokenizer.info
+    if info.kind == "discrete":
+        if head is not None:
+            raise ZooError(f"a flow head writes latents, and {info.name} has ids; leave the head out.")
+        return CodeVision(tokenizer, streams, num_tokens)
+    if not isinstance(tokenizer, MingTokTokenizer):
+        raise ZooError(
+            f"a language model reads ids, or the features that MingTok makes of latents, and {info.name} has latents "
+            "alone; choose another tokenizer."
+        )
+    if head is None or streams is not None or num_tokens is not None:
+        raise ZooError(f"{info.name} has latents, which need a head to write them, and no streams or num_tokens.")
+    return FlowVision(tokenizer, FlowHead(head))
 
 
 def _pretrained(kind: type, source: str | Path, **settings):

@@ -1,11 +1,11 @@
 """Joint training of a visual language model: captions from images, and images from captions.
 
-The authors' training is not released; this is the zoo's own.
+MingTok's authors have not released theirs, and that part is the zoo's own; for ids it can be that of SEED-LLaMA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,9 +18,10 @@ from zoo.distributed import sum_over_ranks, world_size
 from zoo.errors import ZooError
 from zoo.lm.generate import generate_image
 from zoo.lm.model import VisualLM
+from zoo.tokenizer import Tokenizer
 from zoo.tokenizers.mingtok.head import FlowHeadConfig
-from zoo.tokenizers.mingtok.tokenizer import MingTokTokenizer
 from zoo.training.module import Losses, TrainingModule, batch_size
+from zoo.vocabulary import Stream
 
 
 def captions(source) -> Iterator[str]:
@@ -32,13 +33,18 @@ def captions(source) -> Iterator[str]:
 class VisualLMTraining(TrainingModule):
     """One optimizer for language model and head, one pass for both directions; the visual tokenizer is frozen.
 
-    The loss is text_weight times the mean over words plus flow_weight times the mean over latents, of all ranks.
+    The loss is text_weight times the mean over words of texts plus that over what is written of images, flow_weight
+    times the mean over latents or code_weight times the mean over codes; means are over all ranks.
 
     Args:
         tokenizer: of images.
-        lm, text_tokenizer, head: of VisualLM.create.
+        lm, text_tokenizer: of VisualLM.create.
+        head: of VisualLM.create, for a tokenizer of latents.
         tokenizer_weights: a file, where the tokenizer's name alone has none.
-        text_weight, flow_weight: of the two losses.
+        streams, num_tokens, bos: of VisualLM.create.
+        text_weight, flow_weight, code_weight: of the losses.
+        all_words: learn every word of every sequence, see VisualLM.forward, as SEED-LLaMA does: the loss is then one
+            mean over all of them, each with the weight of its kind.
         image_share: of a batch (over all ranks), rounded: images from captions; the rest are captions from images.
         condition_dropout: share of those images that are learned without their caption, for guidance.
         others: of TrainingModule.
@@ -46,13 +52,18 @@ class VisualLMTraining(TrainingModule):
 
     def __init__(
         self,
-        tokenizer: MingTokTokenizer,
+        tokenizer: Tokenizer,
         lm: PretrainedConfig | str,
         text_tokenizer: PreTrainedTokenizerFast | str,
-        head: FlowHeadConfig,
+        head: FlowHeadConfig | None = None,
         tokenizer_weights: str | Path | None = None,
+        streams: Sequence[Stream | str] | None = None,
+        num_tokens: int | None = None,
+        bos: bool = False,
         text_weight: float = 1.0,
         flow_weight: float = 1.0,
+        code_weight: float = 1.0,
+        all_words: bool = False,
         image_share: float = 0.5,
         condition_dropout: float = 0.1,
         **arguments,
@@ -62,9 +73,9 @@ class VisualLMTraining(TrainingModule):
                 raise ZooError(f"{name} must be a share from 0 to 1, got {share}.")
         space = registry.tokenizers.with_weights(tokenizer, tokenizer_weights)
         super().__init__(space, **arguments)
-        self.model = VisualLM.create(lm, text_tokenizer, space, head)
-        self.text_weight, self.flow_weight = text_weight, flow_weight
-        self.image_share, self.condition_dropout = image_share, condition_dropout
+        self.model = VisualLM.create(lm, text_tokenizer, space, head, streams, num_tokens, bos)
+        self.loss_weights = text_weight, {"flow": flow_weight, "code": code_weight}[self.model.vision.kind]
+        self.all_words, self.image_share, self.condition_dropout = all_words, image_share, condition_dropout
 
     def optimized(self) -> dict[str, nn.Module]:
         return {"model": self.model}
@@ -82,48 +93,53 @@ class VisualLMTraining(TrainingModule):
         to_image = torch.randperm(count, generator=directions) < round(self.image_share * count)
         dropped = torch.rand(count, generator=directions) < self.condition_dropout
         seed = int(torch.randint(2**62, (), generator=directions))
-        draws = torch.Generator(self.device).manual_seed(seed)  # of times and noise
-        text, flow = self.pair_losses(batch, self.own_rows(to_image), self.own_rows(dropped), draws)
-        sums = torch.stack([text.sum(), flow.sum()])
-        all_sums, counts = sum_over_ranks(sums, sums.new_tensor([len(text), len(flow)]))
-        scales = sums.new_tensor([self.text_weight, self.flow_weight]) / counts.clamp(min=1)
+        draws = torch.Generator(self.device).manual_seed(seed)
+        text, image = self.pair_losses(
+            batch, self.own_rows(to_image), self.own_rows(dropped), draws, all_words=self.all_words
+        )
+        sums = torch.stack([text.sum(), image.sum()])
+        all_sums, counts = sum_over_ranks(sums, sums.new_tensor([len(text), len(image)]))
         means = (all_sums / counts.clamp(min=1)).detach()
-        logs = {"loss": (scales * all_sums).sum().detach(), "text_loss": means[0], "flow_loss": means[1]}
+        if self.all_words:
+            counts = counts.sum().expand(2)
+        scales = sums.new_tensor(self.loss_weights) / counts.clamp(min=1)
+        logs = {"loss": (scales * all_sums).sum().detach(), "text_loss": means[0]}
         # gradients are averaged over ranks, and each rank has its part of the sums
-        yield "model", world_size() * (scales * sums).sum(), logs
+        yield "model", world_size() * (scales * sums).sum(), logs | {f"{self.model.vision.kind}_loss": means[1]}
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        """Both losses, each of all pairs and without dropout, at times and noise that are the same in every run."""
+        """Both losses, each of all pairs and without dropout, of what is learned by default, at random numbers that are
+        the same in every run."""
         draws, count = torch.Generator(self.device).manual_seed(batch_idx), batch_size(batch)
         never = torch.zeros(count, dtype=torch.bool)
         text, _ = self.pair_losses(batch, never, never, draws)
-        _, flow = self.pair_losses(batch, ~never, never, draws)
-        loss = self.text_weight * text.mean() + self.flow_weight * flow.mean()
+        _, image = self.pair_losses(batch, ~never, never, draws)
+        loss = self.loss_weights[0] * text.mean() + self.loss_weights[1] * image.mean()
         for name, value, weight in (
             ("text_loss", text.mean(), len(text)),
-            ("flow_loss", flow.mean(), len(flow)),
+            (f"{self.model.vision.kind}_loss", image.mean(), len(image)),
             ("loss", loss, count),
         ):
             self.log(f"val/{name}", value, batch_size=weight, sync_dist=True, prog_bar=True)
 
     def pair_losses(
-        self, batch: dict, to_image: Tensor, dropped: Tensor, draws: torch.Generator
+        self, batch: dict, to_image: Tensor, dropped: Tensor, draws: torch.Generator, all_words: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Losses of this rank's words and latents, see VisualLM.forward; times and noise are drawn for all ranks."""
+        """Losses of this rank's texts and images, see VisualLM.forward; random numbers are drawn for all ranks."""
         if "caption" not in batch:
             raise ZooError("a batch has no field 'caption'; add it to data.fields.")
-        images = batch["image"]
-        info, count = self.tokenizer.info, len(images) * self.trainer.world_size
-        t = self.own_rows(torch.rand(count, info.max_tokens, device=self.device, generator=draws))
-        noise_shape = (count, info.max_tokens, info.latent_dims["image"])
-        noise = self.own_rows(torch.randn(noise_shape, device=self.device, generator=draws))
-        return self.model(batch["caption"], images, to_image, dropped, t, noise)
+        images = batch[self.tokenizer.info.input]
+        rows = self.model.vision.draws(len(images) * self.trainer.world_size, draws)
+        settings = {"all_words": True} if all_words else {}
+        return self.model(batch["caption"], images, to_image, dropped, *map(self.own_rows, rows), **settings)
 
     @torch.no_grad()
     def pictures(self, batch: dict, count: int) -> Tensor:
-        """The first images, and what the model makes of their captions."""
+        """The first images and, if it can write any, what the model makes of their captions."""
         draws = [torch.Generator().manual_seed(self.seed + i) for i in range(count)]
-        images = batch["image"][:count]
+        images = batch[self.tokenizer.info.input][:count]
+        if self.model.vision.obstacle:
+            return images
         return torch.cat([images, generate_image(self.model, batch["caption"][:count], generator=draws).images])
 
     def save(self, folder: Path) -> Path:

@@ -19,6 +19,11 @@ PHOTO_SIDE = 336
 """Photos are squashed to this many pixels a side before boxes and markers are written down."""
 
 
+def depth_stream(num_codes: int = 128) -> Stream:
+    """The words of a depth map."""
+    return Stream("depth", num_codes, DEPTH_WORD, begin=DEPTH_START, end=DEPTH_END)
+
+
 def aurora_vocabulary(
     text_size: int = 32000, depth: bool = True, pixels: bool = False, num_codes: int = 128
 ) -> Vocabulary:
@@ -28,7 +33,7 @@ def aurora_vocabulary(
     """
     streams = []
     if depth:
-        streams.append(Stream("depth", num_codes, DEPTH_WORD, begin=DEPTH_START, end=DEPTH_END))
+        streams.append(depth_stream(num_codes))
     if pixels:
         streams.append(Stream("pixel", PHOTO_SIDE, PIXEL_WORD))
     return Vocabulary(text_size, streams)
@@ -36,8 +41,7 @@ def aurora_vocabulary(
 
 def depth_to_text(ids: Tensor | Sequence[int]) -> str:
     """The ids of one map, in raster order or as a grid, to "<DEPTH_START><DEPTH_17>...<DEPTH_END>"."""
-    words = (DEPTH_WORD.format(i) for i in torch.as_tensor(ids).flatten().tolist())
-    return "".join((DEPTH_START, *words, DEPTH_END))
+    return depth_stream().to_text(ids)
 
 
 def text_to_depth(text: str, length: int = 100, num_codes: int = 128) -> Tensor:
@@ -46,19 +50,9 @@ def text_to_depth(text: str, length: int = 100, num_codes: int = 128) -> Tensor:
     Raises ZooError for a text without a map, a map of another length, an id beyond the codebook and anything else
     between start and end: nothing is repaired silently.
     """
-    found = re.search(f"{DEPTH_START}(.*?){DEPTH_END}", text, re.DOTALL)
-    if not found:
-        raise ZooError(f"expected a map between {DEPTH_START} and {DEPTH_END}, the text has none: {text[:80]!r}.")
-    body = re.sub(r"\s+", "", found[1])
-    ids = [int(i) for i in re.findall(r"<DEPTH_(\d+)>", body)]
-    rest = re.sub(r"<DEPTH_\d+>", "", body)
-    if rest:
-        raise ZooError(f"expected only words <DEPTH_0> to <DEPTH_{num_codes - 1}> in a map, got also {rest[:40]!r}.")
-    if len(ids) != length:
-        raise ZooError(f"expected a map of {length} words, got {len(ids)}; cut off or malformed text.")
-    if ids and max(ids) >= num_codes:
-        raise ZooError(f"expected words <DEPTH_0> to <DEPTH_{num_codes - 1}>, got <DEPTH_{max(ids)}>.")
-    return torch.tensor(ids)
+    for ids in depth_stream(num_codes).from_text(text, length):
+        return ids
+    raise ZooError(f"expected a map between {DEPTH_START} and {DEPTH_END}, the text has none: {text[:80]!r}.")
 
 
 def quantize_boxes(boxes: Tensor, width: float, height: float) -> Tensor:

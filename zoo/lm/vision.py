@@ -1,0 +1,122 @@
+"""The visual side of a language model: what every kind of it says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from zoo import registry
+from zoo.tokenizer import Tokenizer, Tokens
+from zoo.vocabulary import Stream
+
+if TYPE_CHECKING:
+    from zoo.lm.model import VisualLM
+
+TOKENIZER_FILE = "visual_tokenizer.safetensors"
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""Of random numbers for some images: one for all, one for each, or torch's global one."""
+
+
+class Seen(NamedTuple):
+    """B images as a language model reads them."""
+
+    tokens: Tokens
+    """What of each image stands in a sequence of ids, on the CPU: its streams are those of the vocabulary."""
+    inputs: Tensor | None = None
+    """(B, N, hidden_size): read in place of the embedded words of these tokens; None: the words themselves are."""
+    latents: Tensor | None = None
+    """(B, N, C): what is written in place of these words; None: the words themselves are."""
+
+
+class GeneratedImages(NamedTuple):
+    """Pictures, and what was written for them."""
+
+    images: Tensor
+    """(B, C, H, W) in [0, 1]."""
+    tokens: Tokens
+    """Ids or normalised latents, as the tokenizer's encode gives them."""
+
+
+class Writer(Protocol):
+    """Writes some images at once, a token of each after the other, behind the word that begins an image."""
+
+    length: int
+    """How many are written."""
+
+    def write(self, output: CausalLMOutputWithPast) -> Tensor:
+        """The next token of each image, from what the model says at the last position of each of its rows (copies * B);
+        returns what it reads next, (copies * B, 1, hidden_size)."""
+
+    def finish(self) -> GeneratedImages:
+        """The images, when all is written."""
+
+
+class Vision(nn.Module):
+    """A frozen tokenizer of images, its words, and how a language model reads and writes images through it."""
+
+    kind: ClassVar[str]
+    """What is written for an image: names its loss ("KIND_loss") and the weight of it."""
+    FILE: ClassVar[str]
+    """By which a folder of VisualLM.save says which kind it holds."""
+    spoken: ClassVar[bool]
+    """True: the words of an image are the tokens, which the model learns and says as it does those of a text. False:
+    they only hold their places, and `loss` is what is learned there."""
+    text_scale: ClassVar[float] = 1.0
+    """Guidance of generate_image, unless another is asked for."""
+    image_scale: ClassVar[float] = 1.0
+
+    streams: tuple[Stream, ...]
+    """The words of images, in the order in which they stand in a sequence."""
+    obstacle: str = ""
+    """Why no image can be written, where that is so."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__()
+        self.tokenizer = tokenizer.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Vision:
+        super().train(mode)
+        self.tokenizer.eval()
+        return self
+
+    def check(self, hidden_size: int) -> None:
+        """Raise ZooError where this does not fit a language model of that width."""
+
+    def see(self, images: Tensor) -> Seen:
+        """Images (B, C, H, W) in [0, 1], which are not checked again; see tokenizer.check_images."""
+        raise NotImplementedError
+
+    def draws(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """The random numbers that `loss` takes for some images, (count, N, ...) each."""
+        return ()
+
+    def loss(self, hidden: Tensor, latents: Tensor, *draws: Tensor) -> Tensor:
+        """Errors (n,) of latents (n, C) after the hidden states (n, hidden_size) before them, where not spoken."""
+        raise NotImplementedError
+
+    def writer(self, model: VisualLM, count: int, copies: int, generator: Generators, **settings) -> Writer:
+        """Of `count` images, each read in `copies` rows of guidance: with its condition, without any, and with its
+        images alone; settings are those of generate_image. Raises ZooError for what has no meaning here."""
+        raise NotImplementedError
+
+    def save(self, folder: Path, about: dict) -> None:
+        """Write FILE, which has `about` in it, and the tokenizer."""
+        registry.save(self.tokenizer, folder / TOKENIZER_FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> tuple[Vision, dict]:
+        """What `save` wrote. Raises ZooError for anything else."""
+        raise NotImplementedError
+
+
+def drawn(draw: Callable, shape: tuple[int, ...], generator: Generators, device: torch.device) -> Tensor:
+    """Random numbers (B, ...) by torch.rand or torch.randn; those of an image by its own generator, if it has one."""
+    if isinstance(generator, (list, tuple)):
+        return torch.stack([draw(shape[1:], device=g.device, generator=g) for g in generator]).to(device)
+    return draw(shape, device=generator.device if generator else device, generator=generator).to(device)
