@@ -352,7 +352,7 @@ def broken(path):
         (lambda: losses(make_codes(), texts=["an <image_3>", *CAPTIONS[1:]]), "ids of text must be in"),
         (lambda: make_codes().join(Tokens(ids={"image": torch.tensor([[12]])})), r"codes of stream 'image' .* 0\.\.11"),
         (
-            lambda: losses(make_codes("residual", lm=Qwen2Config(**CODE_SIZES | {"max_position_embeddings": 24}))),
+            lambda: losses(make_codes("residual", lm={"max_position_embeddings": 24})),
             "an image of 24 words and a text do not fit into a context",
         ),
         (lambda: make()(CAPTIONS, pictures(4), TO_IMAGE, DROPPED, all_words=True), "all_words is for images of words"),
