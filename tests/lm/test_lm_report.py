@@ -29,8 +29,8 @@ def test_true_captions_say_what_is_in_their_scenes(val):
     rows = caption_rows(val["caption"], val, val)
     assert rows["model"] == rows["true"]
     assert set(rows["true"].values()) == {1.0}
-    assert all(value < 0.6 for value in rows["other scenes"].values())
-    assert rows["most frequent"]["number stated"] == val["count"].bincount().max().item() / 100
+    assert all(value < 0.6 for value in rows["of others"].values())
+    assert rows["usual"]["number stated"] == val["count"].bincount().max().item() / 100
 
 
 def test_a_caption_is_taken_apart():
@@ -69,6 +69,6 @@ def test_a_model_is_measured_in_both_directions(kind, val, tmp_path, capsys):
         assert "images from captions" not in found
         return
     rows = found["images from captions"]
-    assert rows.keys() == {"model", "other captions", "reconstructed", "real", "most frequent"}
+    assert rows.keys() == {"model", "of others", "rebuilt", "real", "usual"}
     assert rows["real"]["image to text, recall@1"] > 0.5
     assert all(0 <= value <= 1 or math.isnan(value) for row in rows.values() for value in row.values())

@@ -61,6 +61,8 @@ class CodeVision(Vision):
                 f"num_tokens is for tokenizers of variable length, and {info.name} has {info.max_tokens} tokens for "
                 "every image; leave it out."
             )
+        if num_tokens is not None and num_tokens < 1:
+            raise ZooError(f"num_tokens must be at least 1, got {num_tokens}.")
         streams = info.streams if streams is None else [streams] if isinstance(streams, str) else streams
         self.streams = tuple(_checked(info, one) for one in streams)
         self.num_tokens, self.length = num_tokens, num_tokens or info.max_tokens

@@ -10,8 +10,9 @@ equal ones counted as often as they are named; exact is the share of scenes with
 Pictures of the 512 validation captions are judged by linear maps, fitted on features (siglip-tiny, all patches side by
 side) of the real training scenes, for the number of objects and the presence of each colour that the caption names
 (area under the ROC curve), and by how well they and their captions find each other (siglip-tiny without training). The
-same judge on real pictures, and on what the visual tokenizer alone makes of them, says how much it can be trusted; the
-true caption and the picture of another scene, and what is most frequent in training, are what can be had for nothing.
+same judge on real pictures, and on what the visual tokenizer alone makes of them ("rebuilt"), says how much it can be
+trusted. What can be had for nothing: the true caption and the written picture of another scene ("of others"), and
+what is most frequent in training ("usual").
 
 Writes report.json and pairs.png.
 """
@@ -110,11 +111,11 @@ def caption_rows(captions: Sequence[str], train: dict, val: dict) -> dict[str, d
     """Scores of captions of the validation scenes, of true captions, those of another scene and its own, and of one
     who always says what is most frequent in training."""
     true, others = facts_of_scenes(val), val["caption"][1:] + val["caption"][:1]
-    rows = {"model": captions, "other scenes": others, "true": val["caption"]}
+    rows = {"model": captions, "of others": others, "true": val["caption"]}
     rows = {name: caption_scores(list(map(facts_of_caption, texts)), true) for name, texts in rows.items()}
     usual = Counter(train["count"].tolist()).most_common(1)[0][0], Counter(train["floor"]).most_common(1)[0][0]
     constant = caption_scores([Facts(*usual, Counter())] * len(true), true)
-    rows["most frequent"] = {name: constant[name] for name in ("number stated", "floor")}
+    rows["usual"] = {name: constant[name] for name in ("number stated", "floor")}
     return rows
 
 
@@ -137,7 +138,7 @@ def picture_rows(
         }
         within = ((own["number"].argmax(1) - expected["number"]).abs() <= 1).double().mean().item()
         rows[name] = judge(own, expected) | {"number, within one": within} | found
-    rows["most frequent"] = most_frequent(learned, expected)
+    rows["usual"] = most_frequent(learned, expected)
     return rows
 
 
@@ -203,7 +204,7 @@ def report(model: VisualLM, train: dict, val: dict, output: Path, **settings) ->
     else:
         shown = written_images(model, val["caption"], **settings)
         rebuilt = in_batches(model.vision.reconstruct, images)
-        pictures = {"model": shown, "other captions": shown.roll(1, 0), "reconstructed": rebuilt, "real": val["image"]}
+        pictures = {"model": shown, "of others": shown.roll(1, 0), "rebuilt": rebuilt, "real": val["image"]}
         pictures = {name: resized(one, side) for name, one in pictures.items()}
         seen = train | {"image": resized(train["image"], side)}
         tables["images from captions"] = picture_rows(pictures, val["caption"], encoder, seen)
