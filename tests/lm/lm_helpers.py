@@ -30,10 +30,17 @@ N = 4
 """Latents of an image."""
 
 
+def language_model(lm, sizes=SIZES):
+    """A name of LANGUAGE_MODELS, a configuration, or sizes of a Qwen2."""
+    if isinstance(lm, dict):
+        return Qwen2Config(**{**sizes, "num_key_value_heads": 1} | lm)
+    return LANGUAGE_MODELS[lm] if isinstance(lm, str) else lm
+
+
 def make(lm="qwen2", std=0.1, captions=CAPTIONS, **head):
     torch.manual_seed(0)
     tokenizer = zoo.create_tokenizer("mingtok-tiny", **TOKENIZER)
-    config = LANGUAGE_MODELS[lm] if isinstance(lm, str) else lm
+    config = language_model(lm)
     model = VisualLM.create(config, train_text_tokenizer(captions, 280), tokenizer, FlowHeadConfig(**HEAD | head))
     with torch.no_grad():  # a fresh flow head is zero, and hears no condition
         for parameter in model.parameters():
@@ -91,7 +98,7 @@ def text_words(captions=CAPTIONS, bos=False):
 def make_codes(kind="plain", lm=None, std=0.1, bos=False, **settings):
     """A model of ids with random weights; kind: of CODE_TOKENIZERS, or a tokenizer."""
     tokenizer = code_tokenizer(kind) if isinstance(kind, str) else kind
-    config = LANGUAGE_MODELS[lm] if isinstance(lm, str) else lm or Qwen2Config(**CODE_SIZES)
+    config = language_model(lm or {}, CODE_SIZES)
     torch.manual_seed(0)
     model = VisualLM.create(config, text_words(bos=bos), tokenizer, bos=bos, **settings)
     with torch.no_grad():

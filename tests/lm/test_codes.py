@@ -341,6 +341,7 @@ def broken(path):
         (lambda: CodeVision(code_tokenizer(), [Stream("image", 12, "<{}>")]), "needs begin= and end="),
         (lambda: make_codes("residual", streams=["pixel", "pixel"]), "come twice: "),
         (lambda: make_codes(num_tokens=3), "num_tokens is for tokenizers of variable length"),
+        (lambda: CodeVision(zoo.create_tokenizer("karl-tiny"), num_tokens=0), "at least 1, got 0"),
         (lambda: make_codes(head=FlowHeadConfig()), "a flow head writes latents, and vqgan-tiny has ids"),
         (lambda: make_codes(zoo.create_tokenizer("kl-tiny")), "kl-tiny has latents alone; choose another"),
         (lambda: make_codes(zoo.create_tokenizer("mingtok-tiny")), "need a head to write them"),
@@ -352,7 +353,7 @@ def broken(path):
         (lambda: losses(make_codes(), texts=["an <image_3>", *CAPTIONS[1:]]), "ids of text must be in"),
         (lambda: make_codes().join(Tokens(ids={"image": torch.tensor([[12]])})), r"codes of stream 'image' .* 0\.\.11"),
         (
-            lambda: losses(make_codes("residual", lm=Qwen2Config(**CODE_SIZES | {"max_position_embeddings": 24}))),
+            lambda: losses(make_codes("residual", lm={"max_position_embeddings": 24})),
             "an image of 24 words and a text do not fit into a context",
         ),
         (lambda: make()(CAPTIONS, pictures(4), TO_IMAGE, DROPPED, all_words=True), "all_words is for images of words"),

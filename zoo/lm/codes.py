@@ -61,11 +61,11 @@ class CodeVision(Vision):
                 f"num_tokens is for tokenizers of variable length, and {info.name} has {info.max_tokens} tokens for "
                 "every image; leave it out."
             )
+        if num_tokens is not None and num_tokens < 1:
+            raise ZooError(f"num_tokens must be at least 1, got {num_tokens}.")
         streams = info.streams if streams is None else [streams] if isinstance(streams, str) else streams
         self.streams = tuple(_checked(info, one) for one in streams)
-        self.num_tokens = num_tokens
-        self.length = info.max_tokens if num_tokens is None else num_tokens
-        """Positions of an image in each stream, at the most."""
+        self.num_tokens, self.length = num_tokens, num_tokens or info.max_tokens
         missing = set(info.decoded or info.streams) - {stream.name for stream in self.streams}
         if missing:
             self.obstacle = f"pixels are decoded from the stream '{min(missing)}', which is not among those in use"
@@ -80,6 +80,9 @@ class CodeVision(Vision):
             tokens = self.tokenizer._encode(images.to(self.tokenizer.dtype), **settings)
         # ids are laid out in sequences on the CPU: unlike latents, they wait for the device
         return Seen(Tokens({stream.name: tokens.ids[stream.name] for stream in self.streams}, mask=tokens.mask).cpu())
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        return self.tokenizer.decode(self.see(self.tokenizer.check_images(images)).tokens)
 
     def writer(self, model: VisualLM, count: int, copies: int, generator: Generators, **settings) -> CodeWriter:
         return CodeWriter(self, model, count, copies, generator, **settings)

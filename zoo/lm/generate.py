@@ -65,7 +65,7 @@ def generate_image(
     # what each row of guidance reads, in the order of Vision.writer
     rows = [(*image, text) for image, text in zip(given, texts, strict=True)]
     copies = 1
-    if text_scale != 1 or (seen and image_scale != 1):
+    if text_scale != 1 or (seen is not None and image_scale != 1):
         rows += [([],)] * count + ([] if seen is None else given)
         copies = 2 if seen is None else 3
     begin = torch.tensor([model.vocabulary.id_of(vision.streams[0].begin)])

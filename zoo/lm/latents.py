@@ -126,7 +126,7 @@ class FlowWriter:
         self.scales = {"text_scale": text_scale, "image_scale": image_scale}
         self.settings = {"temperature": temperature, "num_steps": num_steps}
         self.shape, self.device = (count, vision.head.config.latent_dim), device
-        self.length, self.cache = vision.tokenizer.info.max_tokens, vision.tokenizer.new_cache(count)
+        self.length, self.cache = vision.length, vision.tokenizer.new_cache(count)
         self.latents, self.features = [], []
 
     def write(self, output: CausalLMOutputWithPast) -> Tensor:

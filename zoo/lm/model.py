@@ -217,7 +217,7 @@ class VisualLM(nn.Module):
             sequences.append(torch.cat([self.join(before), image, self.vocabulary.join([after])]))
         ids, live = self.pad(sequences, "right")
 
-        # what is learned where is known on the CPU: a training step never waits for the device
+        # what is learned where is known on the CPU: from here on a training step does not wait for the device
         following = ids[:, 1:]
         words = (following < self.vocabulary.text_size) & live[:, 1:]
         tokens = self.vocabulary.stream_of(following) >= 0

@@ -73,12 +73,20 @@ class Vision(nn.Module):
 
     streams: tuple[Stream, ...]
     """The words of images, in the order in which they stand in a sequence."""
+    length: int
+    """Positions of an image in each stream, at the most."""
     obstacle: str = ""
     """Why no image can be written, where that is so."""
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__()
         self.tokenizer = tokenizer.eval().requires_grad_(False)
+        self.length = tokenizer.info.max_tokens
+
+    @property
+    def longest(self) -> int:
+        """Words of an image in a sequence, at the most."""
+        return sum(self.length * stream.levels + 2 for stream in self.streams)
 
     def train(self, mode: bool = True) -> Vision:
         super().train(mode)
@@ -91,6 +99,10 @@ class Vision(nn.Module):
     def see(self, images: Tensor) -> Seen:
         """Images (B, C, H, W) in [0, 1], which are not checked again; see tokenizer.check_images."""
         raise NotImplementedError
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """What the tokenizer makes of images (B, C, H, W) in [0, 1] from the tokens that are read of them."""
+        return self.tokenizer.reconstruct(images)
 
     def draws(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """The random numbers that `loss` takes for some images, (count, N, ...) each."""

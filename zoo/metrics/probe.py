@@ -61,11 +61,19 @@ def probe(
     the accuracy of classes, and of what rows have the area under the ROC curve, averaged over those of the K that some
     test rows have and others have not (0.5: chance); NaN where there is none.
     """
+    return judge(probe_scores(train, learned, test), expected)
+
+
+def probe_scores(train: Tensor, learned: Mapping[str, Tensor], test: Tensor) -> dict[str, Tensor]:
+    """Scores (M, K) of test rows for each thing, as `probe` fits them."""
     columns = {name: F.one_hot(one) if one.ndim == 1 else one.long() for name, one in learned.items()}
-    guesses = linear_probe(train, torch.cat(list(columns.values()), 1), test)
-    guesses = guesses.split([one.shape[1] for one in columns.values()], dim=1)
-    measure = {name: _accuracy if one.ndim == 1 else _auroc for name, one in learned.items()}
-    return {name: measure[name](guess, expected[name]) for name, guess in zip(columns, guesses, strict=True)}
+    scores = linear_probe(train, torch.cat(list(columns.values()), 1), test)
+    return dict(zip(columns, scores.split([one.shape[1] for one in columns.values()], dim=1), strict=True))
+
+
+def judge(scores: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """What `probe` returns, from scores (M, K) and what is expected of these rows."""
+    return {name: (_accuracy if one.ndim == 1 else _auroc)(scores[name], one) for name, one in expected.items()}
 
 
 def most_frequent(learned: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
