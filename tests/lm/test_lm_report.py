@@ -9,7 +9,7 @@ from lm_helpers import make, make_codes
 
 import zoo
 from zoo.data import Loader, scenes
-from zoo.lm.report import caption_rows, caption_scores, facts_of_caption, facts_of_scenes, report
+from zoo.lm.report import caption_rows, caption_scores, facts_of_caption, facts_of_scenes, preferred, report
 
 FIELDS = ["image", "caption", "count", "objects", "floor"]
 
@@ -72,3 +72,14 @@ def test_a_model_is_measured_in_both_directions(kind, val, tmp_path, capsys):
     assert rows.keys() == {"model", "of others", "rebuilt", "real", "usual"}
     assert rows["real"]["image to text, recall@1"] > 0.5
     assert all(0 <= value <= 1 or math.isnan(value) for row in rows.values() for value in row.values())
+
+
+def test_pictures_are_nearer_to_their_caption_than_to_a_false_one(val):
+    encoder = zoo.load_encoder("siglip-tiny")
+    captions = val["caption"]
+    right = preferred(encoder, val["image"], captions)
+    assert set(right) == {"told from another colour", "told from another number"}
+    assert right["told from another colour"] > 0.9
+    assert right["told from another number"] > 0.7
+    grey = preferred(encoder, torch.full_like(val["image"], 0.5), captions)
+    assert grey["told from another colour"] < 0.75

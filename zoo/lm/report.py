@@ -9,8 +9,9 @@ equal ones counted as often as they are named; exact is the share of scenes with
 
 Pictures of the 512 validation captions are judged by linear maps, fitted on features (siglip-tiny, all patches side by
 side) of the real training scenes, for the number of objects and the presence of each colour that the caption names
-(area under the ROC curve), and by how well they and their captions find each other (siglip-tiny without training). The
-same judge on real pictures, and on what the visual tokenizer alone makes of them ("rebuilt"), says how much it can be
+(area under the ROC curve), by how well they and their captions find each other, and by how often they fit their caption
+better than the same one with one colour, or one number, replaced by another (siglip-tiny without training). The same
+judge on real pictures, and on what the visual tokenizer alone makes of them ("rebuilt"), says how much it can be
 trusted. What can be had for nothing: the true caption and the written picture of another scene ("of others"), and
 what is most frequent in training ("usual").
 
@@ -47,6 +48,7 @@ from zoo.lm.model import VisualLM
 from zoo.metrics.probe import judge, most_frequent, probe_scores
 from zoo.metrics.retrieval import Retrieval
 from zoo.tokenizer import ImageReader
+from zoo.tokenizers.siglip.text import contradict
 
 BATCH = 64
 JUDGE = "siglip-tiny"
@@ -56,6 +58,9 @@ SHOWN = 8
 
 ORDER = ("size", "color", "material", "shape")
 """In which a caption names the attributes of an object."""
+
+REPLACED = {"colour": [COLOR_NAMES, *([color] for color in ROOM_COLORS)], "number": [NUMBERS[1:]]}
+"""Words that exclude each other, by what they say; those of a list of one are left alone."""
 
 _OBJECT = re.compile(
     rf"\b(a|{'|'.join(NUMBERS[1:])}) "
@@ -138,8 +143,20 @@ def picture_rows(
         }
         within = ((own["number"].argmax(1) - expected["number"]).abs() <= 1).double().mean().item()
         rows[name] = judge(own, expected) | {"number, within one": within} | found
+        rows[name] |= preferred(encoder, images, captions)
     rows["usual"] = most_frequent(learned, expected)
     return rows
+
+
+def preferred(encoder: ImageReader, images: Tensor, captions: Sequence[str]) -> dict[str, float]:
+    """Share of the images (B, 3, H, W) that are nearer to their caption than to the same one with a word replaced."""
+    seen, texts = (in_batches(f, rows) for f, rows in ((encoder.encode_image, images), (encoder.encode_text, captions)))
+    draws, scores = torch.rand(len(captions), 3, generator=torch.Generator().manual_seed(0)).tolist(), {}
+    for name, words in REPLACED.items():
+        false = [contradict(caption, words, row) for caption, row in zip(captions, draws, strict=True)]
+        nearer = (seen * texts).sum(1) > (seen * in_batches(encoder.encode_text, false)).sum(1)
+        scores[f"told from another {name}"] = nearer.double().mean().item()
+    return scores
 
 
 def asked(captions: Sequence[Facts]) -> dict[str, Tensor]:
