@@ -80,6 +80,6 @@ def test_pictures_are_nearer_to_their_caption_than_to_a_false_one(val):
     right = preferred(encoder, val["image"], captions)
     assert set(right) == {"told from another colour", "told from another number"}
     assert right["told from another colour"] > 0.9
-    assert right["told from another number"] > 0.7
+    assert right["told from another number"] > 0.6
     grey = preferred(encoder, torch.full_like(val["image"], 0.5), captions)
     assert grey["told from another colour"] < 0.75
