@@ -196,7 +196,8 @@ def stage1_itc(vectors: Vectors, case: str) -> dict[str, Tensor]:
 
     def features(tokenizer: SeedTokenizer, of: str) -> tuple[Tensor, Tensor]:
         ids, live = vectors.input(of, "input_ids"), vectors.input(of, "attention_mask").bool()
-        return SeedContrastiveTraining.embeddings(tokenizer, vectors.input(of, "image"), ids, live)
+        context = tokenizer.read(vectors.input(of, "image"))
+        return SeedContrastiveTraining.embeddings(tokenizer, context, ids, live)
 
     tokenizer = module(vectors, case)
     images, texts = features(tokenizer, case)

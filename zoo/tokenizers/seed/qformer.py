@@ -158,6 +158,7 @@ class QFormer(nn.Module):
         ids: Tensor | None = None,
         live: Tensor | None = None,
         decoder: bool = False,
+        causal: bool | None = None,
     ) -> Tensor:
         """Queries (B or 1, Q, D), text or both, one after the other, to (B, Q + L, D).
 
@@ -165,8 +166,9 @@ class QFormer(nn.Module):
             context: (B, M, C), what the queries read.
             ids: (B, L) int64 words of a text.
             live: (B, L) bool, False where the text is padding, which nothing sees.
-            decoder: a word sees the queries and the words up to itself, and queries only each other, all of them (the
-                mask of captioning).
+            decoder: a word sees the queries and the words up to itself, and queries see no word (captioning).
+            causal: of the queries; None: as published, by their number, and never with decoder in the same call. A
+                caption of causal queries is learned with True.
         """
         num_queries = 0 if queries is None else queries.shape[1]
         parts = []
@@ -177,7 +179,8 @@ class QFormer(nn.Module):
         if ids is not None:
             parts.append(self.token_embed(ids) + self.pos_embed.weight[: ids.shape[1]])
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        causal = self.config.is_causal(num_queries)
+        if causal is None:
+            causal = self.config.is_causal(num_queries) and not decoder
         mask = None if ids is None else visible(num_queries, ids, live, causal, decoder)
         x = self.drop(self.norm(x))
         for layer in self.layers:
@@ -186,14 +189,13 @@ class QFormer(nn.Module):
 
 
 def visible(num_queries: int, ids: Tensor, live: Tensor | None, causal: bool, decoder: bool = False) -> Tensor:
-    """(B or 1, 1, T, T) bool for T = Q + L: which rows look at which columns. Text and queries see each other, but as
-    `QFormer.forward` says of a decoder; padding is hidden."""
+    """(B or 1, 1, T, T) bool, T = Q + L: which rows look at which columns, see QFormer.forward; padding is hidden."""
     total = num_queries + ids.shape[1]
     seen = torch.ones(total, total, dtype=torch.bool, device=ids.device)
     if decoder:
         seen[num_queries:] = seen[num_queries:].tril(num_queries)
         seen[:num_queries, num_queries:] = False
-    elif causal:
+    if causal:
         seen[:num_queries, :num_queries].tril_()
     if live is None:
         return seen[None, None]

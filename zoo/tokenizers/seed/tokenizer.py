@@ -402,7 +402,7 @@ class SeedTokenizer(Tokenizer):
         return self
 
 
-TINY_WORDS = (*TEXT_MARKS, *SCENE_WORDS.split()[2:])
+TINY_WORDS = (*TEXT_MARKS, *SCENE_WORDS.split()[2:], "<dec>")
 
 PRESETS = {
     "seed-2": Preset(

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from zoo.distributed import sum_over_ranks, world_size
 from zoo.errors import ZooError, nearest
 from zoo.losses.contrastive import contrastive_loss_over_ranks
 from zoo.metrics.retrieval import Retrieval
 from zoo.tokenizers.seed import published
+from zoo.tokenizers.seed.qformer import EPS, QFormerConfig
 from zoo.tokenizers.seed.targets import pretrained
 from zoo.tokenizers.seed.tokenizer import SeedOutput, SeedTokenizer
 from zoo.tokenizers.siglip.encoder import SigLIPEncoder
@@ -67,15 +69,32 @@ class SeedTraining(TrainingModule):
         return torch.cat([images, self.tokenizer.reconstruct(images)])
 
 
+class CaptionHead(nn.Module):
+    """What says the next word of a caption, as BERT says a hidden one; its words are those of the Q-Former."""
+
+    def __init__(self, c: QFormerConfig):
+        super().__init__()
+        self.transform = nn.Sequential(nn.Linear(c.width, c.width), nn.GELU(), nn.LayerNorm(c.width, EPS))
+        self.bias = nn.Parameter(torch.zeros(c.vocab_size))
+
+    def forward(self, hidden: Tensor, words: Tensor) -> Tensor:
+        """Hidden states (B, L, W) and embeddings of the words (V, W) to logits (B, L, V)."""
+        return F.linear(self.transform(hidden), words, self.bias)
+
+
 class SeedContrastiveTraining(SeedTraining):
     """Stage 1: the last query of an image and its caption find each other among those of all ranks.
 
-    The loss is the symmetric cross entropy of cosines over a learned temperature. Validation is retrieval among all its
-    images.
+    The loss is the symmetric cross entropy of cosines over a learned temperature; with caption_weight, words of the
+    caption are also said from all queries, each after the words before it (the generation loss of BLIP-2, from whose
+    weights the published stage starts). Validation is retrieval among all its images.
 
     Args:
         tokenizer: with a text side.
         tower: an encoder whose image tower the frozen one is made from where nothing was loaded; it has the same sizes.
+        caption_weight: of the mean cross entropy of words; 0, as published: no caption is said. Queries that begin from
+            nothing need it: the last one alone can learn to find texts, and then all others are alike. The last word of
+            the vocabulary begins what is to be said.
         smoothing: of the labels.
         gathers_gradient: False, as published: embeddings that are compared with are constants, see
             contrastive_loss_over_ranks.
@@ -88,6 +107,7 @@ class SeedContrastiveTraining(SeedTraining):
         self,
         tokenizer: SeedTokenizer,
         tower: SigLIPEncoder | None = None,
+        caption_weight: float = 0.0,
         smoothing: float = 0.1,
         gathers_gradient: bool = False,
         mirror: bool = False,
@@ -100,6 +120,8 @@ class SeedContrastiveTraining(SeedTraining):
             )
         super().__init__(tokenizer, **arguments)
         self.smoothing, self.gathers_gradient, self.mirror = smoothing, gathers_gradient, mirror
+        self.caption_weight = caption_weight
+        self.caption_head = CaptionHead(tokenizer.config.qformer) if caption_weight else None
         self.alternatives, self.retrieval = [tuple(words) for words in alternatives], Retrieval()
         if tower is not None:
             start_from_siglip(tokenizer, tower)
@@ -110,6 +132,9 @@ class SeedContrastiveTraining(SeedTraining):
         tokenizer.temperature.requires_grad_(True)
         self.train()  # Lightning leaves modes as they are
 
+    def optimized(self) -> dict[str, nn.Module]:
+        return {"tokenizer": nn.ModuleList([self.tokenizer, *([self.caption_head] if self.caption_head else [])])}
+
     def losses(self, batch: dict) -> Losses:
         images, captions = batch["image"], self.captions(batch)
         draws = self.own_rows(torch.rand(len(images) * self.trainer.world_size, 4, generator=self.shared_generator()))
@@ -117,18 +142,40 @@ class SeedContrastiveTraining(SeedTraining):
             images = mirrored(images, captions, draws[:, 0])
         false = false_captions(captions, self.alternatives, draws[:, 1:]) if self.alternatives else []
         ids, live = self.tokenizer.text_ids(captions + false, truncate=True)
-        seen, read = self.embeddings(self.tokenizer, self.tokenizer.to_values(images), ids, live)
-        loss = self.contrastive(seen, read[: len(captions)], read[len(captions) :] if false else None)
-        yield "tokenizer", loss, {"loss": loss.detach(), "temperature": self.tokenizer.temperature.detach()}
+        context, count = self.context(images), len(captions)
+        seen, read = self.embeddings(self.tokenizer, context, ids, live)
+        loss = self.contrastive(seen, read[:count], read[count:] if false else None)
+        logs = {"contrastive": loss.detach(), "temperature": self.tokenizer.temperature.detach()}
+        if self.caption_head is not None:
+            words, number = self.caption_losses(context, ids[:count], live[:count])
+            # gradients are averaged over ranks, and each rank has its part of the words
+            said = world_size() * words.sum() / sum_over_ranks(number)[0]
+            loss, logs = loss + self.caption_weight * said, logs | {"caption": said.detach()}
+        yield "tokenizer", loss, logs | {"loss": loss.detach()}
+
+    def context(self, images: Tensor) -> Tensor:
+        """What queries read (B, M, C), of images (B, 3, S, S) in [0, 1]; the tower is frozen, and the norm learns."""
+        with torch.no_grad():
+            read = self.tokenizer.encoder(self.tokenizer.to_values(images))
+        return self.tokenizer.encoder_norm(read)
 
     @staticmethod
-    def embeddings(tokenizer: SeedTokenizer, values: Tensor, ids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-        """Of values (B, 3, S, S) and of texts (K, L): (B, D) and (K, D), L2-normalised."""
-        with torch.no_grad():
-            read = tokenizer.encoder(values)
-        queries = tokenizer.qformer(tokenizer.query_tokens, tokenizer.encoder_norm(read))
+    def embeddings(tokenizer: SeedTokenizer, context: Tensor, ids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+        """Of contexts (B, M, C) and of texts (K, L): (B, D) and (K, D), L2-normalised."""
+        queries = tokenizer.qformer(tokenizer.query_tokens, context)
         texts = tokenizer.embed_ids(ids, live)
         return F.normalize(tokenizer.to_text_space(queries), dim=-1), F.normalize(texts, dim=-1)
+
+    def caption_losses(self, context: Tensor, ids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross entropy (B, L - 1) of each word after the first, 0 where it is padding, and how many are none."""
+        net, queries = self.tokenizer.qformer, self.tokenizer.query_tokens
+        begin = ids.new_full((len(ids), 1), net.config.vocab_size - 1)
+        causal = net.config.is_causal(queries.shape[1])
+        hidden = net(queries, context, torch.cat([begin, ids[:, 1:]], dim=1), live, decoder=True, causal=causal)
+        logits = self.caption_head(hidden[:, queries.shape[1] : -1], net.token_embed.weight)
+        wanted = ids[:, 1:].masked_fill(~live[:, 1:], -100)
+        losses = F.cross_entropy(logits.transpose(1, 2).float(), wanted, ignore_index=-100, reduction="none")
+        return losses, live[:, 1:].sum().to(losses.dtype)
 
     def contrastive(self, images: Tensor, texts: Tensor, negatives: Tensor | None = None) -> Tensor:
         """The loss of this rank's pairs (B, D); negatives (M, D): texts that belong to no image."""
@@ -139,7 +186,11 @@ class SeedContrastiveTraining(SeedTraining):
         """The loss within each batch, since ranks may have unequal ones."""
         captions = self.captions(batch)
         ids, live = self.tokenizer.text_ids(captions, truncate=True)
-        images, texts = self.embeddings(self.tokenizer, self.tokenizer.to_values(batch["image"]), ids, live)
+        context = self.context(batch["image"])
+        images, texts = self.embeddings(self.tokenizer, context, ids, live)
+        if self.caption_head is not None:
+            words, number = self.caption_losses(context, ids, live)
+            self.log("val/caption", words.sum() / number, batch_size=batch_size(batch), sync_dist=True)
         self.retrieval.update(images, texts, captions)
         logits = images @ texts.T / self.tokenizer.temperature
         wanted = torch.arange(len(images), device=self.device)
