@@ -122,3 +122,16 @@ def test_a_configuration_within_another_is_changed_field_by_field():
         zoo.create_tokenizer("karl-tiny", base={"class": "KLConfig"})
     with pytest.raises(zoo.ZooError, match="VQGANConfig has no field 'chanels'; did you mean channels"):
         zoo.create_tokenizer("karl-tiny", base={"chanels": 8})
+
+
+def test_parts_can_begin_anew(tmp_path):
+    torch.manual_seed(0)
+    trained = zoo.create_tokenizer("aurora-tiny")
+    zoo.save_tokenizer(trained, tmp_path / "mine.safetensors")
+    part = next(name for name, _ in trained.named_children())
+    loaded = zoo.load_tokenizer("aurora-tiny", tmp_path / "mine.safetensors", fresh=[part])
+    same = {name: torch.equal(one, trained.state_dict()[name]) for name, one in loaded.state_dict().items()}
+    assert not all(equal for name, equal in same.items() if name.startswith(f"{part}."))
+    assert all(equal for name, equal in same.items() if not name.startswith(f"{part}."))
+    with pytest.raises(ZooError, match="aurora-tiny has no part 'encode'"):
+        zoo.load_tokenizer("aurora-tiny", tmp_path / "mine.safetensors", fresh=["encode"])

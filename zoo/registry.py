@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import json
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -78,6 +78,7 @@ class Registry:
         weights: str | Path | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        fresh: Sequence[str] = (),
         **overrides,
     ) -> Any:
         """One with its weights, in evaluation mode.
@@ -87,6 +88,8 @@ class Registry:
             weights: a file instead of the registered one: a path or "hf://owner/name/file". Files of `save` and of
                 training, and the authors' own, whose names are converted.
             device, dtype: as in torch.
+            fresh: parts (attributes) that begin anew, whatever the file has of them, as a later stage of a training may
+                want.
             overrides: fields of the configuration. They go before those stored in a file of `save`, which go before
                 the preset's.
 
@@ -106,6 +109,8 @@ class Registry:
         made = self.create(name, **overrides)
         if published:
             state = published.from_published(state, made.config)
+        if fresh:
+            state = with_fresh(state, made, fresh)
         files.load(made, state, path)
         return made.to(device=device, dtype=dtype).eval()
 
@@ -130,6 +135,16 @@ class Registry:
         if weights is None and registered.location and not registered.location.startswith("hf://"):
             registered = replace(registered, location=str(resource("checkpoints") / registered.location))
         return files.locate(registered if weights is None else weights, name)
+
+
+def with_fresh(state: Mapping[str, Tensor], made: nn.Module, parts: Sequence[str]) -> dict[str, Tensor]:
+    """The state with its entries of some parts replaced by those of what was made. Raises ZooError for unknown parts."""
+    own = made.state_dict()
+    for part in parts:
+        if not any(name.split(".")[0] == part for name in own):
+            raise ZooError(f"{made.info.name} has no part '{part}'{nearest(part, {n.split('.')[0] for n in own})}")
+    kept = {name: tensor for name, tensor in state.items() if name.split(".")[0] not in parts}
+    return kept | {name: tensor for name, tensor in own.items() if name.split(".")[0] in parts}
 
 
 def save(made: nn.Module, path: str | Path) -> None:

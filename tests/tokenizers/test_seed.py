@@ -200,6 +200,9 @@ def test_the_mask_of_captioning():
     assert not seen[:32, 32:].any()
     assert seen[32:, :32].all()
     assert torch.equal(seen[32:, 32:], torch.ones(3, 3, dtype=torch.bool).tril())
+    causal = reached(qformer(depth=1), 32, 3, decoder=True, causal=True)
+    assert torch.equal(causal[:32, :32], torch.ones(32, 32, dtype=torch.bool).tril())
+    assert torch.equal(causal[32:], seen[32:])
 
 
 def test_how_often_queries_read_the_image():

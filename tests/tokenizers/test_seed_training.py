@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from zoo.tokenizers.seed.language import ids_to_text, seed_vocabulary
 
 import zoo
 from zoo.commands import cli
 from zoo.data import Loader, scenes
 from zoo.tokenizers.seed import published
+from zoo.tokenizers.seed.language import ids_to_text, seed_vocabulary
 from zoo.tokenizers.seed.tokenizer import SeedTokenizer
 from zoo.tokenizers.seed.training import SeedCodebookTraining, SeedContrastiveTraining, clean_caption
 from zoo.training.schedules import epoch_cosine
@@ -129,6 +129,36 @@ def test_false_captions_and_mirrors_belong_to_the_first_stage_alone(batch):
     assert not hasattr(SeedCodebookTraining, "alternatives")
 
 
+def test_captions_are_said_word_by_word(batch):
+    """The loss of a word depends on the image and on the words before it, not on itself or later ones."""
+    made, captions = module(1), batch["caption"][:2]
+    ids, live = made.tokenizer.text_ids(captions)
+    with torch.no_grad():
+        context = made.context(batch["image"][:2])
+        losses, number = made.caption_losses(context, ids, live)
+        other = ids.clone()
+        other[:, 10] = 5
+        later, _ = made.caption_losses(context, other, live)
+        unseen, _ = made.caption_losses(context.flip(0), ids, live)
+    assert number == live[:, 1:].sum()
+    assert torch.equal(losses == 0, ~live[:, 1:])
+    torch.testing.assert_close(later[:, :9], losses[:, :9])
+    assert not torch.allclose(later[:, 10:], losses[:, 10:])
+    assert not torch.allclose(unseen[:, :9], losses[:, :9])
+
+
+def test_captions_are_said_where_that_is_asked_for(batch):
+    made = module(1, "module.caption_weight=0.0")
+    ((_, loss, logs),) = made.losses(batch)
+    assert made.caption_head is None
+    torch.testing.assert_close(loss.detach(), logs["contrastive"])
+    made = module(1, "module.caption_weight=0.5")
+    ((_, loss, logs),) = made.losses(batch)
+    torch.testing.assert_close(loss.detach(), logs["contrastive"] + 0.5 * logs["caption"])
+    loss.backward()
+    assert all(p.grad is not None for p in made.caption_head.parameters())
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_tower_is_never_in_training_mode(stage):
     made = module(stage, "needs_weights=false")
@@ -207,12 +237,8 @@ def test_the_published_recipes_are_those_of_the_authors():
         assert cfg.seed == 42
     assert dict(cfg.module.weights) == {"codebook": 5, "queries": 2, "embedding": 0.5}
     text = cli.compose("train", ["experiment=seed-stage-2-text", "data.train=x.tar"])
-    shape = (
-        zoo.create_tokenizer("seed").config.head.shape
-        if False
-        else (text.tokenizer.head.num_queries, text.tokenizer.head.dim)
-    )
-    assert shape == zoo.registry.preset("seed").config.head.shape
+    head = text.tokenizer.head
+    assert (head.num_queries, head.dim) == zoo.registry.preset("seed").config.head.shape
 
 
 def test_a_schedule_that_moves_with_epochs():

@@ -49,7 +49,8 @@ def train(cfg: DictConfig) -> L.Trainer:
             raise ZooError(
                 "weights is a file of a tokenizer, and this experiment has none; use module.encoder_weights."
             )
-        tokenizer = zoo.load_tokenizer(tokenizer.info.name, cfg.weights, **cli.changed_fields(cfg.tokenizer)).train()
+        changed = cli.changed_fields(cfg.tokenizer)
+        tokenizer = zoo.load_tokenizer(tokenizer.info.name, cfg.weights, fresh=cfg.fresh, **changed).train()
     module = instantiate(cfg.module, tokenizer=tokenizer)
     data = instantiate(cfg.data)
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
