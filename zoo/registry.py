@@ -138,7 +138,7 @@ class Registry:
 
 
 def with_fresh(state: Mapping[str, Tensor], made: nn.Module, parts: Sequence[str]) -> dict[str, Tensor]:
-    """The state with its entries of some parts replaced by those of what was made. Raises ZooError for unknown parts."""
+    """The state, its entries of some parts replaced by those of what was made. Raises ZooError for unknown parts."""
     own = made.state_dict()
     for part in parts:
         if not any(name.split(".")[0] == part for name in own):

@@ -38,6 +38,9 @@ class QFormerConfig:
     """Words of the text side; 0: there is none."""
     max_positions: int = 512
     """Of texts, in tokens."""
+    init_std: float = 0.02
+    """Of fresh linear layers and embeddings. Narrow networks need more, or attention begins, and for queries stays,
+    uniform: 1 / sqrt(width)."""
 
     def __post_init__(self):
         name = type(self).__name__
@@ -49,8 +52,8 @@ class QFormerConfig:
             raise ZooError(f"{name}.width {self.width} must be a multiple of num_heads {self.num_heads}.")
         if not 0 <= self.dropout < 1:
             raise ZooError(f"{name}.dropout must be in [0, 1), got {self.dropout}.")
-        if self.vocab_size < 0:
-            raise ZooError(f"{name}.vocab_size must not be below 0, got {self.vocab_size}.")
+        if self.vocab_size < 0 or self.init_std < 0:
+            raise ZooError(f"{name}.vocab_size and init_std must not be below 0.")
 
     def is_causal(self, num_queries: int) -> bool:
         """Whether that many queries are causal."""
@@ -145,7 +148,7 @@ class QFormer(nn.Module):
         """Fresh weights as published: BERT's, and query layers that begin as those of text."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=self.config.init_std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         for layer in self.layers if self.config.vocab_size else ():

@@ -423,7 +423,14 @@ PRESETS = {
             image_size=64,
             encoder=EVAConfig(patch_size=8, width=128, depth=4, num_heads=4, mlp_ratio=4.0, class_token=False),
             qformer=QFormerConfig(
-                width=96, depth=4, num_heads=4, hidden=384, dropout=0.0, vocab_size=len(TINY_WORDS), max_positions=67
+                width=96,
+                depth=4,
+                num_heads=4,
+                hidden=384,
+                dropout=0.0,
+                vocab_size=len(TINY_WORDS),
+                max_positions=67,
+                init_std=0.1,
             ),
             codebook_size=512,
             ema_decay=0.99,
