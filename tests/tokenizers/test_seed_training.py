@@ -134,7 +134,7 @@ def test_captions_are_said_word_by_word(batch):
     made, captions = module(1), batch["caption"][:2]
     ids, live = made.tokenizer.text_ids(captions)
     with torch.no_grad():
-        context = made.context(batch["image"][:2])
+        context = made.tokenizer.encoder_norm(made.read(batch["image"][:2]))
         losses, number = made.caption_losses(context, ids, live)
         other = ids.clone()
         other[:, 10] = 5
@@ -147,16 +147,18 @@ def test_captions_are_said_word_by_word(batch):
     assert not torch.allclose(unseen[:, :9], losses[:, :9])
 
 
-def test_captions_are_said_where_that_is_asked_for(batch):
-    made = module(1, "module.caption_weight=0.0")
+def test_queries_are_asked_for_more_where_that_is_wanted(batch):
+    made = module(1, "module.caption_weight=0.0", "module.feature_weight=0.0")
     ((_, loss, logs),) = made.losses(batch)
     assert made.caption_head is None
+    assert made.feature_head is None
     torch.testing.assert_close(loss.detach(), logs["contrastive"])
-    made = module(1, "module.caption_weight=0.5")
+    made = module(1, "module.caption_weight=0.5", "module.feature_weight=2.0")
     ((_, loss, logs),) = made.losses(batch)
-    torch.testing.assert_close(loss.detach(), logs["contrastive"] + 0.5 * logs["caption"])
+    torch.testing.assert_close(loss.detach(), logs["contrastive"] + 0.5 * logs["caption"] + 2 * logs["features"])
     loss.backward()
-    assert all(p.grad is not None for p in made.caption_head.parameters())
+    heads = [*made.caption_head.parameters(), *made.feature_head.parameters()]
+    assert all(p.grad is not None for p in heads)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

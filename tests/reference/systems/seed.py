@@ -197,7 +197,7 @@ def stage1_itc(vectors: Vectors, case: str) -> dict[str, Tensor]:
     def features(tokenizer: SeedTokenizer, of: str) -> tuple[Tensor, Tensor]:
         ids, live = vectors.input(of, "input_ids"), vectors.input(of, "attention_mask").bool()
         context = tokenizer.read(vectors.input(of, "image"))
-        return SeedContrastiveTraining.embeddings(tokenizer, context, ids, live)
+        return SeedContrastiveTraining.embeddings(tokenizer, context, ids, live)[1:]
 
     tokenizer = module(vectors, case)
     images, texts = features(tokenizer, case)

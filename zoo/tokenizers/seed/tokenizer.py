@@ -39,6 +39,10 @@ class EVAConfig:
         if self.num_heads < 1 or self.width % self.num_heads:
             raise ZooError(f"EVAConfig.width {self.width} must be a multiple of num_heads {self.num_heads}.")
 
+    def num_tokens(self, image_size: int) -> int:
+        """Patches of an image, and the class token."""
+        return (image_size // self.patch_size) ** 2 + self.class_token
+
 
 @dataclass(frozen=True)
 class HeadConfig:

@@ -17,7 +17,7 @@ from zoo.metrics.retrieval import Retrieval
 from zoo.tokenizers.seed import published
 from zoo.tokenizers.seed.qformer import EPS, QFormerConfig
 from zoo.tokenizers.seed.targets import pretrained
-from zoo.tokenizers.seed.tokenizer import SeedOutput, SeedTokenizer
+from zoo.tokenizers.seed.tokenizer import HeadConfig, QFormerHead, SeedOutput, SeedTokenizer
 from zoo.tokenizers.siglip.encoder import SigLIPEncoder
 from zoo.tokenizers.siglip.training import captions_of, false_captions, mirrored
 from zoo.training.module import Losses, TrainingModule, batch_size
@@ -85,16 +85,18 @@ class CaptionHead(nn.Module):
 class SeedContrastiveTraining(SeedTraining):
     """Stage 1: the last query of an image and its caption find each other among those of all ranks.
 
-    The loss is the symmetric cross entropy of cosines over a learned temperature; with caption_weight, words of the
-    caption are also said from all queries, each after the words before it (the generation loss of BLIP-2, from whose
-    weights the published stage starts). Validation is retrieval among all its images.
+    The loss is the symmetric cross entropy of cosines over a learned temperature. The published stage starts from
+    BLIP-2, whose queries are all trained already; queries that begin from nothing need more, or the last one alone
+    learns and all others become alike. With caption_weight words of the caption are said from all queries, each after the words
+    before it (the generation loss of BLIP-2); with feature_weight all queries together give back what they have read,
+    every token of the tower. Validation is retrieval among all its images.
 
     Args:
         tokenizer: with a text side.
         tower: an encoder whose image tower the frozen one is made from where nothing was loaded; it has the same sizes.
-        caption_weight: of the mean cross entropy of words; 0, as published: no caption is said. Queries that begin from
-            nothing need it: the last one alone can learn to find texts, and then all others are alike. The last word of
-            the vocabulary begins what is to be said.
+        caption_weight: of the mean cross entropy of words; 0, as published: no caption is said. The last word of the
+            vocabulary begins what is to be said.
+        feature_weight: of the mean squared error of the tower's tokens, each normalised; 0, as published: none.
         smoothing: of the labels.
         gathers_gradient: False, as published: embeddings that are compared with are constants, see
             contrastive_loss_over_ranks.
@@ -108,6 +110,7 @@ class SeedContrastiveTraining(SeedTraining):
         tokenizer: SeedTokenizer,
         tower: SigLIPEncoder | None = None,
         caption_weight: float = 0.0,
+        feature_weight: float = 0.0,
         smoothing: float = 0.1,
         gathers_gradient: bool = False,
         mirror: bool = False,
@@ -120,8 +123,12 @@ class SeedContrastiveTraining(SeedTraining):
             )
         super().__init__(tokenizer, **arguments)
         self.smoothing, self.gathers_gradient, self.mirror = smoothing, gathers_gradient, mirror
-        self.caption_weight = caption_weight
-        self.caption_head = CaptionHead(tokenizer.config.qformer) if caption_weight else None
+        self.caption_weight, self.feature_weight, c = caption_weight, feature_weight, tokenizer.config
+        self.caption_head = CaptionHead(c.qformer) if caption_weight else None
+        self.feature_head = None
+        if feature_weight:
+            tokens = HeadConfig("qformer", c.encoder.width, num_queries=c.encoder.num_tokens(c.image_size), depth=2)
+            self.feature_head = QFormerHead(tokens, c.qformer)
         self.alternatives, self.retrieval = [tuple(words) for words in alternatives], Retrieval()
         if tower is not None:
             start_from_siglip(tokenizer, tower)
@@ -133,7 +140,8 @@ class SeedContrastiveTraining(SeedTraining):
         self.train()  # Lightning leaves modes as they are
 
     def optimized(self) -> dict[str, nn.Module]:
-        return {"tokenizer": nn.ModuleList([self.tokenizer, *([self.caption_head] if self.caption_head else [])])}
+        parts = self.tokenizer, self.caption_head, self.feature_head
+        return {"tokenizer": nn.ModuleList(part for part in parts if part is not None)}
 
     def losses(self, batch: dict) -> Losses:
         images, captions = batch["image"], self.captions(batch)
@@ -142,8 +150,9 @@ class SeedContrastiveTraining(SeedTraining):
             images = mirrored(images, captions, draws[:, 0])
         false = false_captions(captions, self.alternatives, draws[:, 1:]) if self.alternatives else []
         ids, live = self.tokenizer.text_ids(captions + false, truncate=True)
-        context, count = self.context(images), len(captions)
-        seen, read = self.embeddings(self.tokenizer, context, ids, live)
+        tower, count = self.read(images), len(captions)
+        context = self.tokenizer.encoder_norm(tower)
+        queries, seen, read = self.embeddings(self.tokenizer, context, ids, live)
         loss = self.contrastive(seen, read[:count], read[count:] if false else None)
         logs = {"contrastive": loss.detach(), "temperature": self.tokenizer.temperature.detach()}
         if self.caption_head is not None:
@@ -151,20 +160,25 @@ class SeedContrastiveTraining(SeedTraining):
             # gradients are averaged over ranks, and each rank has its part of the words
             said = world_size() * words.sum() / sum_over_ranks(number)[0]
             loss, logs = loss + self.caption_weight * said, logs | {"caption": said.detach()}
+        if self.feature_head is not None:
+            features = F.mse_loss(self.feature_head(queries), F.layer_norm(tower, tower.shape[-1:]))
+            loss, logs = loss + self.feature_weight * features, logs | {"features": features.detach()}
         yield "tokenizer", loss, logs | {"loss": loss.detach()}
 
-    def context(self, images: Tensor) -> Tensor:
-        """What queries read (B, M, C), of images (B, 3, S, S) in [0, 1]; the tower is frozen, and the norm learns."""
-        with torch.no_grad():
-            read = self.tokenizer.encoder(self.tokenizer.to_values(images))
-        return self.tokenizer.encoder_norm(read)
+    @torch.no_grad()
+    def read(self, images: Tensor) -> Tensor:
+        """Output of the frozen tower (B, M, C), of images (B, 3, S, S) in [0, 1]."""
+        return self.tokenizer.encoder(self.tokenizer.to_values(images))
 
     @staticmethod
-    def embeddings(tokenizer: SeedTokenizer, context: Tensor, ids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-        """Of contexts (B, M, C) and of texts (K, L): (B, D) and (K, D), L2-normalised."""
+    def embeddings(
+        tokenizer: SeedTokenizer, context: Tensor, ids: Tensor, live: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of what queries read (B, M, C) and of texts (K, L): queries (B, N, W), and the embeddings of images (B, D)
+        and texts (K, D), L2-normalised."""
         queries = tokenizer.qformer(tokenizer.query_tokens, context)
         texts = tokenizer.embed_ids(ids, live)
-        return F.normalize(tokenizer.to_text_space(queries), dim=-1), F.normalize(texts, dim=-1)
+        return queries, F.normalize(tokenizer.to_text_space(queries), dim=-1), F.normalize(texts, dim=-1)
 
     def caption_losses(self, context: Tensor, ids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
         """Cross entropy (B, L - 1) of each word after the first, 0 where it is padding, and how many are none."""
@@ -186,8 +200,8 @@ class SeedContrastiveTraining(SeedTraining):
         """The loss within each batch, since ranks may have unequal ones."""
         captions = self.captions(batch)
         ids, live = self.tokenizer.text_ids(captions, truncate=True)
-        context = self.context(batch["image"])
-        images, texts = self.embeddings(self.tokenizer, context, ids, live)
+        context = self.tokenizer.read(self.tokenizer.to_values(batch["image"]))
+        _, images, texts = self.embeddings(self.tokenizer, context, ids, live)
         if self.caption_head is not None:
             words, number = self.caption_losses(context, ids, live)
             self.log("val/caption", words.sum() / number, batch_size=batch_size(batch), sync_dist=True)
