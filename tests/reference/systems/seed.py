@@ -7,6 +7,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from vectors import Vectors
@@ -196,8 +197,8 @@ def stage1_itc(vectors: Vectors, case: str) -> dict[str, Tensor]:
 
     def features(tokenizer: SeedTokenizer, of: str) -> tuple[Tensor, Tensor]:
         ids, live = vectors.input(of, "input_ids"), vectors.input(of, "attention_mask").bool()
-        context = tokenizer.read(vectors.input(of, "image"))
-        return SeedContrastiveTraining.embeddings(tokenizer, context, ids, live)[1:]
+        seen = tokenizer.to_text_space(tokenizer.query(vectors.input(of, "image")))
+        return F.normalize(seen, dim=-1), F.normalize(tokenizer.embed_ids(ids, live), dim=-1)
 
     tokenizer = module(vectors, case)
     images, texts = features(tokenizer, case)

@@ -39,8 +39,8 @@ class QFormerConfig:
     max_positions: int = 512
     """Of texts, in tokens."""
     init_std: float = 0.02
-    """Of fresh linear layers and embeddings. Narrow networks need more, or attention begins, and for queries stays,
-    uniform: 1 / sqrt(width)."""
+    """Of fresh linear layers and embeddings. Narrow networks need more, or attention begins uniform and queries stay
+    alike: 0.02 sqrt(768 / width) is what the published one has."""
 
     def __post_init__(self):
         name = type(self).__name__

@@ -406,7 +406,7 @@ class SeedTokenizer(Tokenizer):
         return self
 
 
-TINY_WORDS = (*TEXT_MARKS, *SCENE_WORDS.split()[2:], "<dec>")
+TINY_WORDS = (*TEXT_MARKS, *SCENE_WORDS.split()[2:])
 
 PRESETS = {
     "seed-2": Preset(
@@ -434,7 +434,7 @@ PRESETS = {
                 dropout=0.0,
                 vocab_size=len(TINY_WORDS),
                 max_positions=67,
-                init_std=0.1,
+                init_std=0.057,
             ),
             codebook_size=512,
             ema_decay=0.99,

@@ -5,19 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.distributed import sum_over_ranks, world_size
 from zoo.errors import ZooError, nearest
 from zoo.losses.contrastive import contrastive_loss_over_ranks
 from zoo.metrics.retrieval import Retrieval
 from zoo.tokenizers.seed import published
-from zoo.tokenizers.seed.qformer import EPS, QFormerConfig
 from zoo.tokenizers.seed.targets import pretrained
-from zoo.tokenizers.seed.tokenizer import HeadConfig, QFormerHead, SeedOutput, SeedTokenizer
+from zoo.tokenizers.seed.tokenizer import HeadConfig, QFormerHead, SeedConfig, SeedOutput, SeedTokenizer
 from zoo.tokenizers.siglip.encoder import SigLIPEncoder
 from zoo.tokenizers.siglip.training import captions_of, false_captions, mirrored
 from zoo.training.module import Losses, TrainingModule, batch_size
@@ -38,6 +37,8 @@ class SeedTraining(TrainingModule):
 
     Args:
         tokenizer: what is trained.
+        weights: of the terms of the loss; those left out are 0.
+        terms: that there are.
         published_captions: captions lose punctuation and case, see clean_caption.
         others: of TrainingModule.
     """
@@ -46,8 +47,19 @@ class SeedTraining(TrainingModule):
     never_trained: Sequence[str] = ("encoder",)
     """Parts that are in evaluation mode in training, too."""
 
-    def __init__(self, tokenizer: SeedTokenizer, published_captions: bool = False, **arguments):
+    def __init__(
+        self,
+        tokenizer: SeedTokenizer,
+        weights: Mapping[str, float],
+        terms: Sequence[str],
+        published_captions: bool = False,
+        **arguments,
+    ):
+        for name in weights:
+            if name not in terms:
+                raise ZooError(f"the loss has no term '{name}'{nearest(name, terms)}")
         super().__init__(tokenizer, **arguments)
+        self.weights = {name: float(weight) for name, weight in weights.items() if weight}
         self.published_captions = published_captions
 
     def captions(self, batch: dict) -> list[str]:
@@ -69,127 +81,106 @@ class SeedTraining(TrainingModule):
         return torch.cat([images, self.tokenizer.reconstruct(images)])
 
 
-class CaptionHead(nn.Module):
-    """What says the next word of a caption, as BERT says a hidden one; its words are those of the Q-Former."""
+class FeatureHead(nn.Sequential):
+    """Gives back the tokens of the tower (B, M, C) from a few numbers of each query (B, N, W): what one query knows is
+    not enough, so that they have to know different things."""
 
-    def __init__(self, c: QFormerConfig):
-        super().__init__()
-        self.transform = nn.Sequential(nn.Linear(c.width, c.width), nn.GELU(), nn.LayerNorm(c.width, EPS))
-        self.bias = nn.Parameter(torch.zeros(c.vocab_size))
-
-    def forward(self, hidden: Tensor, words: Tensor) -> Tensor:
-        """Hidden states (B, L, W) and embeddings of the words (V, W) to logits (B, L, V)."""
-        return F.linear(self.transform(hidden), words, self.bias)
+    def __init__(self, c: SeedConfig, numbers: int, depth: int = 2):
+        tokens = HeadConfig("qformer", c.encoder.width, num_queries=c.encoder.num_tokens(c.image_size), depth=depth)
+        narrow = nn.Linear(c.qformer.width, numbers), nn.Linear(numbers, c.qformer.width)
+        super().__init__(*narrow, QFormerHead(tokens, c.qformer))
 
 
 class SeedContrastiveTraining(SeedTraining):
     """Stage 1: the last query of an image and its caption find each other among those of all ranks.
 
-    The loss is the symmetric cross entropy of cosines over a learned temperature. The published stage starts from
-    BLIP-2, whose queries are all trained already; queries that begin from nothing need more, or the last one alone
-    learns and all others become alike. With caption_weight words of the caption are said from all queries, each after the words
-    before it (the generation loss of BLIP-2); with feature_weight all queries together give back what they have read,
-    every token of the tower. Validation is retrieval among all its images.
+    The loss is the weighted sum of `contrastive`, the symmetric cross entropy of cosines over a learned temperature,
+    and `features`, the squared error of the tower's tokens, each normalised, as a FeatureHead gives them back. As published
+    only the first is there: it trains the last query alone, and the others are BLIP-2's. Where queries begin from
+    nothing they would all become alike without the second. Validation is retrieval among all its images.
 
     Args:
         tokenizer: with a text side.
         tower: an encoder whose image tower the frozen one is made from where nothing was loaded; it has the same sizes.
-        caption_weight: of the mean cross entropy of words; 0, as published: no caption is said. The last word of the
-            vocabulary begins what is to be said.
-        feature_weight: of the mean squared error of the tower's tokens, each normalised; 0, as published: none.
+        weights: of the terms; those left out are 0.
+        feature_numbers: what a FeatureHead reads of each query.
         smoothing: of the labels.
         gathers_gradient: False, as published: embeddings that are compared with are constants, see
             contrastive_loss_over_ranks.
         mirror: half of the images are mirrored where the caption names no side.
         alternatives: lists of words that exclude each other, see zoo.tokenizers.siglip.training.
         others: of SeedTraining.
+
+    Raises:
+        ZooError: no text side, an unknown term, or a tower of other sizes.
     """
 
     def __init__(
         self,
         tokenizer: SeedTokenizer,
         tower: SigLIPEncoder | None = None,
-        caption_weight: float = 0.0,
-        feature_weight: float = 0.0,
+        weights: Mapping[str, float] = MappingProxyType({"contrastive": 1.0}),
+        feature_numbers: int = 4,
         smoothing: float = 0.1,
         gathers_gradient: bool = False,
         mirror: bool = False,
         alternatives: Sequence[Sequence[str]] = (),
         **arguments,
     ):
-        if not tokenizer.config.qformer.vocab_size:
+        c = tokenizer.config
+        if not c.qformer.vocab_size:
             raise ZooError(
                 "the first stage needs texts; set tokenizer.qformer.vocab_size to the words of the tokenizer."
             )
-        super().__init__(tokenizer, **arguments)
+        super().__init__(tokenizer, weights, ["contrastive", "features"], **arguments)
         self.smoothing, self.gathers_gradient, self.mirror = smoothing, gathers_gradient, mirror
-        self.caption_weight, self.feature_weight, c = caption_weight, feature_weight, tokenizer.config
-        self.caption_head = CaptionHead(c.qformer) if caption_weight else None
-        self.feature_head = None
-        if feature_weight:
-            tokens = HeadConfig("qformer", c.encoder.width, num_queries=c.encoder.num_tokens(c.image_size), depth=2)
-            self.feature_head = QFormerHead(tokens, c.qformer)
         self.alternatives, self.retrieval = [tuple(words) for words in alternatives], Retrieval()
+        self.feature_head = FeatureHead(c, feature_numbers) if "features" in self.weights else None
         if tower is not None:
             start_from_siglip(tokenizer, tower)
         tokenizer.requires_grad_(False)
-        for name in ("encoder_norm", "qformer", "image_proj", "text_proj"):
+        learning = ["encoder_norm", "qformer", "query_tokens"]
+        if "contrastive" in self.weights:
+            learning += ["image_proj", "text_proj", "temperature"]
+        for name in learning:
             getattr(tokenizer, name).requires_grad_(True)
-        tokenizer.query_tokens.requires_grad_(True)
-        tokenizer.temperature.requires_grad_(True)
         self.train()  # Lightning leaves modes as they are
 
     def optimized(self) -> dict[str, nn.Module]:
-        parts = self.tokenizer, self.caption_head, self.feature_head
-        return {"tokenizer": nn.ModuleList(part for part in parts if part is not None)}
+        heads = [] if self.feature_head is None else [self.feature_head]
+        return {"tokenizer": nn.ModuleList([self.tokenizer, *heads])}
 
     def losses(self, batch: dict) -> Losses:
         images, captions = batch["image"], self.captions(batch)
         draws = self.own_rows(torch.rand(len(images) * self.trainer.world_size, 4, generator=self.shared_generator()))
         if self.mirror:
             images = mirrored(images, captions, draws[:, 0])
-        false = false_captions(captions, self.alternatives, draws[:, 1:]) if self.alternatives else []
-        ids, live = self.tokenizer.text_ids(captions + false, truncate=True)
-        tower, count = self.read(images), len(captions)
-        context = self.tokenizer.encoder_norm(tower)
-        queries, seen, read = self.embeddings(self.tokenizer, context, ids, live)
-        loss = self.contrastive(seen, read[:count], read[count:] if false else None)
-        logs = {"contrastive": loss.detach(), "temperature": self.tokenizer.temperature.detach()}
-        if self.caption_head is not None:
-            words, number = self.caption_losses(context, ids[:count], live[:count])
-            # gradients are averaged over ranks, and each rank has its part of the words
-            said = world_size() * words.sum() / sum_over_ranks(number)[0]
-            loss, logs = loss + self.caption_weight * said, logs | {"caption": said.detach()}
+        tower, queries = self.read(self.tokenizer.to_values(images))
+        terms, logs = {}, {}
+        if "contrastive" in self.weights:
+            false = false_captions(captions, self.alternatives, draws[:, 1:]) if self.alternatives else []
+            texts = self.embed(captions + false)
+            negatives = texts[len(captions) :] if false else None
+            seen = F.normalize(self.tokenizer.to_text_space(queries), dim=-1)
+            terms["contrastive"] = self.contrastive(seen, texts[: len(captions)], negatives)
+            logs["temperature"] = self.tokenizer.temperature.detach()
         if self.feature_head is not None:
-            features = F.mse_loss(self.feature_head(queries), F.layer_norm(tower, tower.shape[-1:]))
-            loss, logs = loss + self.feature_weight * features, logs | {"features": features.detach()}
+            terms["features"] = F.mse_loss(self.feature_head(queries), F.layer_norm(tower, tower.shape[-1:]))
+        loss = sum(self.weights[name] * term for name, term in terms.items())
+        logs |= {name: term.detach() for name, term in terms.items()}
         yield "tokenizer", loss, logs | {"loss": loss.detach()}
 
-    @torch.no_grad()
-    def read(self, images: Tensor) -> Tensor:
-        """Output of the frozen tower (B, M, C), of images (B, 3, S, S) in [0, 1]."""
-        return self.tokenizer.encoder(self.tokenizer.to_values(images))
+    def read(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Values (B, 3, S, S) to the output of the frozen tower (B, M, C) and the queries (B, N, W)."""
+        tokenizer = self.tokenizer
+        with torch.no_grad():
+            tower = tokenizer.encoder(values)
+        return tower, tokenizer.qformer(tokenizer.query_tokens, tokenizer.encoder_norm(tower))
 
-    @staticmethod
-    def embeddings(
-        tokenizer: SeedTokenizer, context: Tensor, ids: Tensor, live: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of what queries read (B, M, C) and of texts (K, L): queries (B, N, W), and the embeddings of images (B, D)
-        and texts (K, D), L2-normalised."""
-        queries = tokenizer.qformer(tokenizer.query_tokens, context)
-        texts = tokenizer.embed_ids(ids, live)
-        return queries, F.normalize(tokenizer.to_text_space(queries), dim=-1), F.normalize(texts, dim=-1)
-
-    def caption_losses(self, context: Tensor, ids: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross entropy (B, L - 1) of each word after the first, 0 where it is padding, and how many are none."""
-        net, queries = self.tokenizer.qformer, self.tokenizer.query_tokens
-        begin = ids.new_full((len(ids), 1), net.config.vocab_size - 1)
-        causal = net.config.is_causal(queries.shape[1])
-        hidden = net(queries, context, torch.cat([begin, ids[:, 1:]], dim=1), live, decoder=True, causal=causal)
-        logits = self.caption_head(hidden[:, queries.shape[1] : -1], net.token_embed.weight)
-        wanted = ids[:, 1:].masked_fill(~live[:, 1:], -100)
-        losses = F.cross_entropy(logits.transpose(1, 2).float(), wanted, ignore_index=-100, reduction="none")
-        return losses, live[:, 1:].sum().to(losses.dtype)
+    def embed(self, captions: list[str]) -> Tensor:
+        """Captions to embeddings (B, D), L2-normalised."""
+        ids, live = self.tokenizer.text_ids(captions, truncate=True)
+        return F.normalize(self.tokenizer.embed_ids(ids, live), dim=-1)
 
     def contrastive(self, images: Tensor, texts: Tensor, negatives: Tensor | None = None) -> Tensor:
         """The loss of this rank's pairs (B, D); negatives (M, D): texts that belong to no image."""
@@ -198,13 +189,8 @@ class SeedContrastiveTraining(SeedTraining):
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """The loss within each batch, since ranks may have unequal ones."""
-        captions = self.captions(batch)
-        ids, live = self.tokenizer.text_ids(captions, truncate=True)
-        context = self.tokenizer.read(self.tokenizer.to_values(batch["image"]))
-        _, images, texts = self.embeddings(self.tokenizer, context, ids, live)
-        if self.caption_head is not None:
-            words, number = self.caption_losses(context, ids, live)
-            self.log("val/caption", words.sum() / number, batch_size=batch_size(batch), sync_dist=True)
+        captions, (_, queries) = self.captions(batch), self.read(self.tokenizer.to_values(batch["image"]))
+        images, texts = F.normalize(self.tokenizer.to_text_space(queries), dim=-1), self.embed(captions)
         self.retrieval.update(images, texts, captions)
         logits = images @ texts.T / self.tokenizer.temperature
         wanted = torch.arange(len(images), device=self.device)
@@ -247,21 +233,18 @@ class SeedCodebookTraining(SeedTraining):
         **arguments,
     ):
         terms = ["codebook", *(["queries"] if tokenizer.config.retrieval else []), "embedding"]
-        for name in weights:
-            if name not in terms:
-                raise ZooError(f"the loss has no term '{name}'{nearest(name, terms)}")
         shape, wanted = tokenizer.config.head.shape, getattr(target, "shape", None)
         if wanted is not None and tuple(wanted) != shape:
             raise ZooError(
                 f"the target is of shape {tuple(wanted)} and {tokenizer.info.name} makes embeddings of {shape}; set "
                 "tokenizer.head, or choose another target."
             )
-        super().__init__(tokenizer, **arguments)
+        super().__init__(tokenizer, weights, terms, **arguments)
         if bert is not None:
             start_from_bert(tokenizer, bert)
         self.reads_captions = bool(tokenizer.config.qformer.vocab_size and tokenizer.config.retrieval)
         self.retrieval = Retrieval()
-        self.weights, self.target = {name: float(weight) for name, weight in weights.items() if weight}, target
+        self.target = target
         if not dropout:
             self.never_trained = ("encoder", "encoder_norm", "qformer")
         for name in self.FROZEN:
