@@ -43,9 +43,11 @@ def batch():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, train_on):
-    """Folders of both stages on one rank and on two, what they logged, and the third with the aim of SEED-1."""
+    """Folders of both stages on one rank and on two, what they logged; what came before, and the aim of SEED-1."""
     folder = tmp_path_factory.mktemp("seed")
-    first = [train_on(n, folder / f"1-{n}", "seed-tiny-1", EXACT, *SMALL, *SGD) for n in (1, 2)]
+    train_on(1, folder / "0", "seed-tiny-0", EXACT, *SMALL)
+    start = f"weights={folder}/0/tokenizer.safetensors"
+    first = [train_on(n, folder / f"1-{n}", "seed-tiny-1", start, EXACT, *SMALL, *SGD) for n in (1, 2)]
     start = f"weights={folder}/1-1/tokenizer.safetensors"
     second = [train_on(n, folder / f"2-{n}", "seed-tiny-2", start, EXACT, *SMALL, *SGD) for n in (1, 2)]
     train_on(1, folder / "text", "seed-tiny-2-text", start, EXACT, *SMALL)
@@ -71,17 +73,27 @@ def test_two_ranks_train_as_one(trained):
 
 def test_each_stage_trains_its_parts(trained):
     folder, *_ = trained
-    one, two = (load(folder / stage).state_dict() for stage in ("1-1", "2-1"))
-    moved = {name.split(".")[0] for name in one if not torch.equal(one[name], two[name])}
-    assert moved == {
-        *("encode_task", "quantizer", "decode_task", "pos_embed", "blocks", "pos_embed_image", "blocks_image", "head")
+    states = [load(folder / stage).state_dict() for stage in ("0", "1-1", "2-1")]
+    moved = [
+        {name.split(".")[0] for name in one if not torch.equal(one[name], two[name])}
+        for one, two in zip(states, states[1:], strict=False)
+    ]
+    queries = {"encoder_norm", "qformer", "query_tokens"}
+    behind = {
+        "encode_task",
+        "quantizer",
+        "decode_task",
+        "pos_embed",
+        "blocks",
+        "pos_embed_image",
+        "blocks_image",
+        "head",
     }
-    torch.manual_seed(0)
+    assert moved[0] == queries | {"image_proj", "text_proj", "temperature"}
+    # positions begin as zeros, and so do those that begin anew
+    assert moved[1] == behind
     tower = zoo.load_encoder("siglip-tiny").vision.state_dict()
-    assert torch.equal(one["encoder.blocks.3.mlp.fc1.weight"], tower["blocks.3.mlp.fc1.weight"])
-    fresh = zoo.create_tokenizer("seed-tiny", **load(folder / "1-1").config.__dict__).state_dict()
-    same = {name.split(".")[0] for name in one if torch.equal(one[name], fresh[name])}
-    assert same & {"query_tokens", "temperature"} == set()
+    assert torch.equal(states[2]["encoder.blocks.3.mlp.fc1.weight"], tower["blocks.3.mlp.fc1.weight"])
 
 
 def test_the_aim_of_seed_1_is_a_sequence_of_text_features(trained):
@@ -92,7 +104,7 @@ def test_the_aim_of_seed_1_is_a_sequence_of_text_features(trained):
 
 
 def test_the_tower_is_that_of_siglip():
-    made, encoder = module(1), zoo.load_encoder("siglip-tiny")
+    made, encoder = module(0), zoo.load_encoder("siglip-tiny")
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         ours = made.tokenizer.encoder(made.tokenizer.to_values(images))
@@ -245,8 +257,9 @@ def test_a_schedule_that_moves_with_epochs():
     ("stage", "overrides", "complaint"),
     [
         (1, ["tokenizer.qformer.vocab_size=0"], "the first stage needs texts"),
-        (1, ["module.tower.name=siglip-tin"], "no encoder is called 'siglip-tin'; did you mean siglip-tiny"),
-        (1, ["tokenizer.encoder.depth=3"], "choose the encoder of its sizes, or leave tower out"),
+        (0, ["module.tower.name=siglip-tin"], "no encoder is called 'siglip-tin'; did you mean siglip-tiny"),
+        (0, ["tokenizer.encoder.depth=3"], "choose the encoder of its sizes, or leave tower out"),
+        (1, ["+module.weights.feature=1.0"], "the loss has no term 'feature'; did you mean features"),
         (2, ["+module.weights.pixels=1.0"], "the loss has no term 'pixels'"),
         (2, ["tokenizer.head.dim=64"], r"the target is of shape \(128,\) and .* makes embeddings of \(64,\)"),
         (2, ["module.bert=some-bert"], "bert= is for a head of kind 'qformer'"),
