@@ -1,6 +1,7 @@
 """How SEED is trained."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,8 +76,7 @@ def test_each_stage_trains_its_parts(trained):
     folder, *_ = trained
     states = [load(folder / stage).state_dict() for stage in ("0", "1-1", "2-1")]
     moved = [
-        {name.split(".")[0] for name in one if not torch.equal(one[name], two[name])}
-        for one, two in zip(states, states[1:], strict=False)
+        {name.split(".")[0] for name in one if not torch.equal(one[name], two[name])} for one, two in pairwise(states)
     ]
     queries = {"encoder_norm", "qformer", "query_tokens"}
     behind = {
@@ -90,7 +90,6 @@ def test_each_stage_trains_its_parts(trained):
         "head",
     }
     assert moved[0] == queries | {"image_proj", "text_proj", "temperature"}
-    # positions begin as zeros, and so do those that begin anew
     assert moved[1] == behind
     tower = zoo.load_encoder("siglip-tiny").vision.state_dict()
     assert torch.equal(states[2]["encoder.blocks.3.mlp.fc1.weight"], tower["blocks.3.mlp.fc1.weight"])

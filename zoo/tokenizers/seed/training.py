@@ -95,9 +95,9 @@ class SeedContrastiveTraining(SeedTraining):
     """Stage 1: the last query of an image and its caption find each other among those of all ranks.
 
     The loss is the weighted sum of `contrastive`, the symmetric cross entropy of cosines over a learned temperature,
-    and `features`, the squared error of the tower's tokens, each normalised, as a FeatureHead gives them back. As published
-    only the first is there: it trains the last query alone, and the others are BLIP-2's. Where queries begin from
-    nothing they would all become alike without the second. Validation is retrieval among all its images.
+    and `features`, the squared error of the tower's tokens, each normalised, as a FeatureHead gives them back. As
+    published only the first is there: it trains the last query alone, and the others are BLIP-2's. Where queries begin
+    from nothing they would all become alike without the second. Validation is retrieval among all its images.
 
     Args:
         tokenizer: with a text side.
