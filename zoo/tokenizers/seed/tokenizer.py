@@ -437,6 +437,7 @@ PRESETS = {
                 init_std=0.057,
             ),
             codebook_size=512,
+            commitment=0.25,
             ema_decay=0.99,
             restart_below=0.5,
             decoder_depth=2,
