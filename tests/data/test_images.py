@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from zoo.data import images
+from zoo.data import Loader, folder, images
 from zoo.data.images import Decoder, collate, random_box, to_float
 from zoo.data.sources import BadSample
 from zoo.errors import ZooError
@@ -216,3 +216,14 @@ def test_pictures_of_different_sizes_are_no_batch():
     samples = [{"image": np.zeros((3, 4, width))} for width in (4, 5)]
     with pytest.raises(ZooError, match="4x4 and 4x5 are no batch: give an image_size"):
         collate(samples, 2, {})
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_squashed_picture_is_whole_in_training_and_in_evaluation(training, tmp_path):
+    """Each side is scaled by itself, as torchvision's Resize to (size, size) does."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "one.png")
+    options = {"image_size": 8, "crop": "squash", "interpolation": "bilinear", "batch_size": 1, "training": training}
+    batch = next(iter(Loader(folder(tmp_path), **options)))
+    expected = F.resize(Image.fromarray(pixels), [8, 8], F.InterpolationMode.BILINEAR)
+    assert torch.equal(batch["image"][0], F.to_tensor(expected))

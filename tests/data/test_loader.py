@@ -275,7 +275,7 @@ def test_a_field_that_no_sample_has_is_an_error_that_says_what_there_is(make_sha
         ({"crop": "centre", "training": True}, "did you mean center"),
         ({"crop": "random", "training": True}, "needs an image_size"),
         ({"crop_scale": (0, 1), "training": True}, "crop_scale must be"),
-        ({"fields": ["depth"], "flip": True, "training": True}, "neither flipped nor cropped"),
+        ({"fields": ["depth"], "flip": True, "training": True}, "neither flipped nor cut otherwise"),
     ],
 )
 def test_wrong_arguments_are_refused(make_shards, options, message):

@@ -12,7 +12,7 @@ from zoo.metrics.retrieval import Retrieval
 from zoo.tokenizers.siglip.encoder import SCENE_WORDS
 from zoo.tokenizers.siglip.published import from_published, to_published
 from zoo.tokenizers.siglip.text import contradict, words
-from zoo.tokenizers.siglip.training import mirrored
+from zoo.tokenizers.siglip.training import captions_of, false_captions, mirrored
 
 SIZES = {"width": 48, "depth": 3, "num_heads": 4, "text_width": 32, "text_depth": 2, "text_heads": 2}
 PUBLISHED = "siglip-base-patch16-224", "siglip2-so400m-patch16-256", "siglip2-so400m-patch14-384"
@@ -249,7 +249,7 @@ def test_words_without_an_alternative_are_left_alone():
 def test_a_caption_that_cannot_be_made_false_is_named(encoder):
     module = instantiate(cli.compose("train", ["experiment=siglip-tiny"]).module, tokenizer=None)
     with pytest.raises(ZooError, match=r"'Nothing at all.' has no word of module\.alternatives"):
-        module.false_captions(["two cubes", "Nothing at all."], torch.zeros(2, 3))
+        false_captions(["two cubes", "Nothing at all."], module.alternatives, torch.zeros(2, 3))
 
 
 SMALL = [
@@ -284,7 +284,6 @@ def test_a_training_that_is_to_be_compiled_compiles_the_encoder():
 
 def test_a_training_without_captions_or_with_weights_of_a_tokenizer_says_what_to_change(tmp_path):
     from zoo.commands.train import train
-    from zoo.tokenizers.siglip.training import captions_of
 
     with pytest.raises(ZooError, match=r"no field 'caption'.*add it to data.fields"):
         captions_of({"image": 0})
