@@ -194,6 +194,8 @@ class ImageReader(nn.Module):
     """Frozen dataclass of the sizes of the system."""
     info: Any
     """Has name, channels, image_size and size_multiple, as TokenizerInfo."""
+    image_dtype: torch.dtype | None = None
+    """Of the images that it is given after their check; None: that of its weights."""
 
     def __init__(self, config):
         super().__init__()
@@ -208,7 +210,7 @@ class ImageReader(nn.Module):
         return next(self.parameters()).dtype
 
     def check_images(self, images: Tensor) -> Tensor:
-        """The images on the reader's device and in its dtype; ZooError when they are not what it takes."""
+        """The images on the reader's device and in image_dtype; ZooError when they are not what it takes."""
         info = self.info
         want = f"{info.name} takes float images (B, {info.channels}, H, W) in [0, 1]"
         if not isinstance(images, Tensor):
@@ -221,7 +223,7 @@ class ImageReader(nn.Module):
         low, high = (bound.item() for bound in torch.aminmax(images))
         if not (low >= 0 and high <= 1):  # false for NaN too
             raise ZooError(f"{want}, got values from {low:.4g} to {high:.4g}; rescale or clamp them.")
-        return images.to(self.device, self.dtype)
+        return images.to(self.device, self.image_dtype or self.dtype)
 
     def check_size(self, height: int, width: int, want: str) -> None:
         """Raise ZooError, a sentence that begins with `want`, for images of a size that is not taken."""

@@ -191,6 +191,7 @@ class SeedTokenizer(Tokenizer):
     """
 
     Config = SeedConfig
+    image_dtype = torch.float32  # until they are normalised: rounded before that, one id in 60 is another in bfloat16
 
     def __init__(self, config: SeedConfig):
         from timm.models.vision_transformer import Block  # timm takes seconds to import
@@ -222,8 +223,6 @@ class SeedTokenizer(Tokenizer):
         if c.qformer.vocab_size:
             self.image_proj, self.text_proj = nn.Linear(width, c.text_dim), nn.Linear(width, c.text_dim)
             self.temperature = nn.Parameter(torch.tensor(0.07))
-        for name, values in (("mean", MEAN), ("std", STD)):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self._attached: list[Any] = []  # in a list, so that its parameters are not the tokenizer's
         self.info = TokenizerInfo(
             system="seed",
@@ -241,8 +240,9 @@ class SeedTokenizer(Tokenizer):
     # The parts of a pass, in their order; training composes them, too.
 
     def to_values(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) in [0, 1], normalised as CLIP's."""
-        return (images - self.mean) / self.std
+        """Images (B, 3, S, S) in [0, 1], normalised as CLIP's, in the dtype of the weights."""
+        channels = zip(images.unbind(1), MEAN, STD, strict=True)
+        return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1).to(self.dtype)
 
     def read(self, values: Tensor) -> Tensor:
         """Values (B, 3, S, S) to what the queries read (B, M, C)."""

@@ -16,7 +16,7 @@ from zoo.losses.contrastive import contrastive_loss_over_ranks
 from zoo.metrics.retrieval import Retrieval
 from zoo.tokenizers.seed import published
 from zoo.tokenizers.seed.targets import pretrained
-from zoo.tokenizers.seed.tokenizer import HeadConfig, QFormerHead, SeedConfig, SeedOutput, SeedTokenizer
+from zoo.tokenizers.seed.tokenizer import MEAN, STD, HeadConfig, QFormerHead, SeedConfig, SeedOutput, SeedTokenizer
 from zoo.tokenizers.siglip.encoder import SigLIPEncoder
 from zoo.tokenizers.siglip.training import captions_of, false_captions, mirrored
 from zoo.training.module import Losses, TrainingModule, batch_size
@@ -323,7 +323,7 @@ def start_from_siglip(tokenizer: SeedTokenizer, encoder: SigLIPEncoder) -> None:
             state[name] = tensor
     # SigLIP reads 2 x - 1, which is of what CLIP's normalisation gives 2 (x std + mean) - 1
     kernel = state["patch_embed.proj.weight"]
-    mean, std = (buffer.view(1, 3, 1, 1) for buffer in (tokenizer.mean, tokenizer.std))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
     state["patch_embed.proj.bias"] = state["patch_embed.proj.bias"] + (kernel * (2 * mean - 1)).sum((1, 2, 3))
     state["patch_embed.proj.weight"] = kernel * 2 * std
     ours.load_state_dict(state)
