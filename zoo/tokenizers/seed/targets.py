@@ -55,11 +55,7 @@ class TextFeatures(Target):
 
     @torch.no_grad()
     def forward(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        tower = self.encoder.text
-        h = tower.token_embed(self.encoder.text_ids(captions, truncate=True)) + tower.pos_embed
-        for block in tower.blocks:
-            h = block(h)
-        return tower.norm(h)
+        return self.encoder.text.features(self.encoder.text_ids(captions, truncate=True))
 
 
 class CLIPImageEmbedding(Target):

@@ -67,6 +67,11 @@ class SeedTraining(TrainingModule):
         captions = captions_of(batch)
         return [clean_caption(caption) for caption in captions] if self.published_captions else captions
 
+    def embed(self, captions: list[str]) -> Tensor:
+        """Captions to embeddings (B, D), L2-normalised."""
+        ids, live = self.tokenizer.text_ids(captions, truncate=True)
+        return F.normalize(self.tokenizer.embed_ids(ids, live), dim=-1)
+
     def train(self, mode: bool = True) -> SeedTraining:
         super().train(mode)
         for name in self.never_trained:
@@ -75,9 +80,9 @@ class SeedTraining(TrainingModule):
 
     def pictures(self, batch: dict, count: int) -> Tensor:
         """(2 count, 3, S, S): images, and what the decoder makes of their ids; without one images alone."""
-        if self.tokenizer.decoder is None:
-            return batch["image"][:count]
         images = batch["image"][:count]
+        if self.tokenizer.decoder is None:
+            return images
         return torch.cat([images, self.tokenizer.reconstruct(images)])
 
 
@@ -176,11 +181,6 @@ class SeedContrastiveTraining(SeedTraining):
         with torch.no_grad():
             tower = tokenizer.encoder(values)
         return tower, tokenizer.qformer(tokenizer.query_tokens, tokenizer.encoder_norm(tower))
-
-    def embed(self, captions: list[str]) -> Tensor:
-        """Captions to embeddings (B, D), L2-normalised."""
-        ids, live = self.tokenizer.text_ids(captions, truncate=True)
-        return F.normalize(self.tokenizer.embed_ids(ids, live), dim=-1)
 
     def contrastive(self, images: Tensor, texts: Tensor, negatives: Tensor | None = None) -> Tensor:
         """The loss of this rank's pairs (B, D); negatives (M, D): texts that belong to no image."""
@@ -285,9 +285,8 @@ class SeedCodebookTraining(SeedTraining):
             scores["queries"] = 1 - F.cosine_similarity(output.reconstruction, output.queries, dim=-1).mean()
             if self.reads_captions:
                 captions = self.captions(batch)
-                texts = tokenizer.embed_ids(*tokenizer.text_ids(captions, truncate=True))
                 found = F.normalize(tokenizer.to_text_space(output.reconstruction), dim=-1)
-                self.retrieval.update(found, F.normalize(texts, dim=-1), captions)
+                self.retrieval.update(found, self.embed(captions), captions)
         scores["loss"] = sum(weight * scores[name] for name, weight in self.weights.items() if name in scores)
         logs = {f"val/{name}": score for name, score in scores.items()}
         self.log_dict(logs, batch_size=batch_size(batch), sync_dist=True, prog_bar=True)

@@ -68,9 +68,13 @@ class TextTower(nn.Module):
         for table in (self.token_embed.weight, self.pos_embed):
             trunc_normal_(table, std=0.02)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Ids (B, text_length) int64 to (B, D), not normalised."""
+    def features(self, ids: Tensor) -> Tensor:
+        """Ids (B, text_length) int64 to features (B, text_length, W), after the norm."""
         h = self.token_embed(ids) + self.pos_embed
         for block in self.blocks:
             h = block(h)
-        return self.head(self.norm(h)[:, -1])
+        return self.norm(h)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids (B, text_length) int64 to (B, D), not normalised."""
+        return self.head(self.features(ids)[:, -1])
