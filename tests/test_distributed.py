@@ -5,6 +5,7 @@ import torch.multiprocessing as mp
 from zoo.distributed import (
     from_first_rank,
     gather_over_ranks,
+    leave,
     min_over_ranks,
     rows_of_all_ranks,
     sum_over_ranks,
@@ -30,7 +31,9 @@ def results(rank: int) -> dict:
 def run_rank(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.save(results(rank), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
+    assert not dist.is_initialized()
+    leave()  # nothing is left to close
 
 
 def test_every_rank_gets_what_all_ranks_have_together(tmp_path):

@@ -15,6 +15,13 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def leave() -> None:
+    """Close the group of ranks, before the interpreter ends: gloo's threads may hold tensors, and letting go of one later
+    aborts the process. Lightning closes groups of NCCL alone."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def sum_over_ranks(*tensors: Tensor) -> list[Tensor]:
     """Each tensor summed over all ranks, in one collective for all of them; they share a dtype. No gradient."""
     if world_size() == 1:

@@ -20,6 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from zoo.distributed import leave
 from zoo.errors import ZooError, nearest
 from zoo.registry import KINDS, Registry, resource, tokenizers
 from zoo.tokenizer import config_fields
@@ -58,6 +59,7 @@ def run(command: str, task: Callable[[DictConfig], object], argv: list[str] | No
             raise
         mistakes.append(error)
     finally:
+        leave()
         sys.argv = original
         GlobalHydra.instance().clear()
         if not show:
