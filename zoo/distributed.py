@@ -16,8 +16,10 @@ def rank() -> int:
 
 
 def leave() -> None:
-    """Close the group of ranks, before the interpreter ends: gloo's threads may hold tensors, and letting go of one later
-    aborts the process. Lightning closes groups of NCCL alone."""
+    """Close the group of ranks, while the interpreter is still whole.
+
+    Gloo's threads may hold tensors, and letting go of one later aborts the process. Lightning closes those of NCCL.
+    """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
