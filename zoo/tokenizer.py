@@ -43,6 +43,8 @@ class TokenizerInfo:
     """Ids per position of a residual stream: Tokens.ids is (B, N, levels); absent: (B, N)."""
     latent_dims: Mapping[str, int] = field(default_factory=dict)
     """Width of the latents of each continuous stream."""
+    embedding_dim: int | None = None
+    """Width of what `embed` gives; None: it is not available."""
     variable_length: bool = False
     decodes_to: str = "pixels"
     """"pixels", "depth" or "embedding"."""
@@ -281,10 +283,10 @@ class ImageReader(nn.Module):
 
 
 class Tokenizer(ImageReader):
-    """Base of all tokenizers. A system sets `info` and writes `_encode`, `_decode` and, if it has them, `_features`,
-    and `_encode_image` and `_encode_text`, which give embeddings before they are normalised.
+    """Base of all tokenizers. A system sets `info` and writes `_encode`, `_decode` and, if it has them, `_embed`,
+    `_features`, and `_encode_image` and `_encode_text`, which give embeddings before they are normalised.
 
-    `encode`, `decode`, `reconstruct`, `features` and what has to do with texts are the public, checked and
+    `encode`, `decode`, `reconstruct`, `embed`, `features` and what has to do with texts are the public, checked and
     gradient-free side; training goes through the system's own forward.
     """
 
@@ -307,6 +309,20 @@ class Tokenizer(ImageReader):
     def reconstruct(self, images: Tensor, **settings) -> Tensor:
         """decode(encode(images, **settings))."""
         return self.decode(self.encode(images, **settings))
+
+    @torch.no_grad()
+    def embed(self, tokens: Tokens) -> Tensor:
+        """Ids of all streams to codebook embeddings (B, N, info.embedding_dim): the vectors that the ids stand for.
+
+        Those of several streams stand side by side, those of the levels of a stream are summed. Positions that are not
+        live have some vector, too. Raises ZooError for tokens that are not this tokenizer's, or of latents.
+        """
+        if self.info.embedding_dim is None:
+            raise ZooError(f"{self.info.name} has {self.info.kind} tokens and no codebook embeddings.")
+        return self._embed(self.check_tokens(tokens, self.info.streams))
+
+    def _embed(self, tokens: Tokens) -> Tensor:
+        raise NotImplementedError
 
     def _encode(self, images: Tensor) -> Tokens:
         raise NotImplementedError

@@ -155,6 +155,7 @@ class AuroraTokenizer(Tokenizer):
             kind="discrete",
             streams=(c.stream,),
             codebook_sizes={c.stream: c.codebook_size},
+            embedding_dim=c.codebook_dim,
             max_tokens=(c.image_size // c.downsample) ** 2,
             decodes_to="depth" if c.stream == "depth" else "pixels",
         )
@@ -201,6 +202,9 @@ class AuroraTokenizer(Tokenizer):
     def _encode(self, images: Tensor) -> Tokens:
         ids = self.quantizer.encode(self.encoder(self.scale(self.to_values(images))).movedim(1, -1))
         return Tokens(ids={self.config.stream: ids.flatten(1)}, grid=tuple(ids.shape[1:]))
+
+    def _embed(self, tokens: Tokens) -> Tensor:
+        return self.quantizer.codes(tokens.ids[self.config.stream])
 
     def _decode(self, tokens: Tokens) -> Tensor:
         ids = tokens.ids[self.config.stream]

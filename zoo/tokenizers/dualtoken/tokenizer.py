@@ -173,6 +173,7 @@ class DualTokenTokenizer(Tokenizer):
             streams=tuple(c.streams),
             decoded=("image" if c.one_codebook else "pixel",),
             codebook_sizes={name: max(stream.sizes) for name, stream in c.streams.items()},
+            embedding_dim=c.embed_dim * len(c.streams),
             levels={name: stream.levels for name, stream in c.streams.items()},
             max_tokens=c.encoder.num_patches,
         )
@@ -237,6 +238,9 @@ class DualTokenTokenizer(Tokenizer):
             for name, count in self.info.levels.items()
         }
         return Tokens(ids, grid=(self.config.grid, self.config.grid))
+
+    def _embed(self, tokens: Tokens) -> Tensor:
+        return torch.cat([self.quantizers[name].codes(self._whole(tokens, name)) for name in self.info.streams], dim=-1)
 
     def _decode(self, tokens: Tokens) -> Tensor:
         (stream,) = self.info.decoded

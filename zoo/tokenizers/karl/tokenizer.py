@@ -201,6 +201,7 @@ class KarlTokenizer(Tokenizer):
             streams=("image",),
             codebook_sizes={"image": c.codebook_size} if c.quantize else {},
             latent_dims={} if c.quantize else {"image": c.latent_dim},
+            embedding_dim=c.latent_dim if c.quantize else None,
             max_tokens=c.max_tokens,
             variable_length=True,
         )
@@ -331,6 +332,9 @@ class KarlTokenizer(Tokenizer):
                 return best
             tokens = self._tokens(grid[pending], bins[pending], length)
 
+    def _embed(self, tokens: Tokens) -> Tensor:
+        return self.quantizer.codes(tokens.ids["image"])
+
     def _decode(self, tokens: Tokens, grid: Sequence[int] | None = None) -> Tensor:
         """grid: rows and columns of the base's grid, for images that are no squares of the size it was made for.
 
@@ -338,7 +342,7 @@ class KarlTokenizer(Tokenizer):
         """
         grid = grid or (self.config.image_size // self.config.base.downsample,) * 2
         if self.config.quantize:
-            latents = self.quantizer.codes(tokens.ids["image"])
+            latents = self._embed(tokens)
         else:
             latents = tokens.latents["image"].to(self.dtype)
         slots = mask = None

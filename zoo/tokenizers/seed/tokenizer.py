@@ -233,6 +233,7 @@ class SeedTokenizer(Tokenizer):
             kind="discrete",
             streams=("image",),
             codebook_sizes={"image": c.codebook_size},
+            embedding_dim=c.embed_dim,
             max_tokens=c.qformer.num_queries,
             decodes_to="pixels" if c.decoder else "embedding",
         )
@@ -306,6 +307,9 @@ class SeedTokenizer(Tokenizer):
     def _encode(self, images: Tensor) -> Tokens:
         queries = self.query(self.to_values(images))
         return Tokens({"image": self.quantizer.encode(self.encode_task(queries))})
+
+    def _embed(self, tokens: Tokens) -> Tensor:
+        return self.quantizer.codes(tokens.ids["image"])
 
     def _decode(self, tokens: Tokens, negative: Tokens | None = None, **settings) -> Tensor:
         """Images (B, 3, H, W) of the decoder, or without one embeddings (B, E) or (B, T, E).

@@ -59,6 +59,7 @@ class VQGANTokenizer(Tokenizer):
             kind="discrete",
             streams=("image",),
             codebook_sizes={"image": c.codebook_size},
+            embedding_dim=c.embed_dim,
             max_tokens=(c.image_size // c.downsample) ** 2,
         )
 
@@ -71,9 +72,11 @@ class VQGANTokenizer(Tokenizer):
         features = self.encoder(self.config.to_values(images))
         return Tokens(ids={"image": self.quantizer.encode(to_tokens(features))}, grid=tuple(features.shape[2:]))
 
+    def _embed(self, tokens: Tokens) -> Tensor:
+        return self.quantizer.codes(tokens.ids["image"])
+
     def _decode(self, tokens: Tokens) -> Tensor:
-        codes = self.quantizer.codes(tokens.ids["image"])
-        return self.config.to_images(self.decoder(to_map(codes, tokens.grid)))
+        return self.config.to_images(self.decoder(to_map(self._embed(tokens), tokens.grid)))
 
 
 PRESETS = {
