@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -11,6 +12,19 @@ from zoo.losses.adversarial import PatchDiscriminator, discriminator_loss, gener
 from zoo.losses.perceptual import PerceptualLoss
 from zoo.tokenizer import Tokenizer
 from zoo.training.module import Losses, TrainingModule
+
+
+class Regularized(NamedTuple):
+    """What a tokenizer makes of values, and what that costs beside the reconstruction."""
+
+    reconstruction: Tensor
+    """(B, C, H, W) values."""
+    loss: Tensor
+    """Scalar: on what is between the networks."""
+    codes: Tensor | None
+    """(B, N, D) quantised vectors in raster order, with gradient; None where nothing is quantised."""
+    logs: dict[str, Tensor]
+    """More scalars to log."""
 
 
 class AutoencoderTraining(TrainingModule):
@@ -45,8 +59,8 @@ class AutoencoderTraining(TrainingModule):
         self.perceptual = PerceptualLoss.pretrained(perceptual_weights) if perceptual_weight else None
         self.discriminator = PatchDiscriminator(width=discriminator_width) if adversarial_weight else None
 
-    def regularized(self, values: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Values (B, C, H, W) to their reconstruction, the loss on what is between, and what to log."""
+    def regularized(self, values: Tensor) -> Regularized:
+        """Values (B, C, H, W) through the tokenizer."""
         raise NotImplementedError
 
     def values(self, images: Tensor) -> Tensor:
@@ -62,21 +76,34 @@ class AutoencoderTraining(TrainingModule):
         modules = {"tokenizer": self.tokenizer}
         return modules | ({"discriminator": self.discriminator} if self.discriminator else {})
 
+    @property
+    def discriminates(self) -> bool:
+        """Whether there is a discriminator that counts by now."""
+        return self.discriminator is not None and self.global_step >= self.adversarial_start
+
     def losses(self, batch: dict) -> Losses:
         values = self.values(batch["image"])
-        reconstruction, regularizer, logs = self.regularized(values)
-        if counts := self.discriminator is not None and self.global_step >= self.adversarial_start:
-            self.discriminator.requires_grad_(True)
-            real, fake = self.discriminator(values), self.discriminator(reconstruction.detach())
-            yield "discriminator", *discriminator_loss(real, fake, 1.0)
-            self.discriminator.requires_grad_(False)  # from here on it needs no gradient, and under DDP must have none
-        pixels, perceptual = self.loss(reconstruction, values), None
+        made = self.regularized(values)
+        if self.discriminates:
+            yield "discriminator", *self.discriminator_loss(values, made.reconstruction)
+        yield "tokenizer", *self.autoencoder_loss(values, made)
+
+    def discriminator_loss(self, values: Tensor, reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of telling values from their reconstruction (B, C, H, W), and what to log."""
+        self.discriminator.requires_grad_(True)
+        return discriminator_loss(self.discriminator(values), self.discriminator(reconstruction.detach()), 1.0)
+
+    def autoencoder_loss(self, values: Tensor, made: Regularized) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of the reconstruction and of what is between, and what to log."""
+        reconstruction, perceptual = made.reconstruction, None
+        pixels = self.loss(reconstruction, values)
         if self.perceptual is not None:
             perceptual = self.perceptual_weight * self.perceptual(reconstruction, values)
-        if counts:
+        if self.discriminates:
+            self.discriminator.requires_grad_(False)  # it needs no gradient here, and under DDP must have none
             fake = self.discriminator(reconstruction)
-            total, more = generator_loss(pixels, perceptual, fake, self.last_layer, self.adversarial_weight, 1.0)
+            total, logs = generator_loss(pixels, perceptual, fake, self.last_layer, self.adversarial_weight, 1.0)
         else:
-            total, more = pixels if perceptual is None else pixels + perceptual.mean(), {"pixels": pixels}
-        total = total + regularizer
-        yield "tokenizer", total, {name: value.detach() for name, value in ({"loss": total} | more | logs).items()}
+            total, logs = pixels if perceptual is None else pixels + perceptual.mean(), {"pixels": pixels}
+        total = total + made.loss
+        return total, {name: value.detach() for name, value in ({"loss": total} | logs | made.logs).items()}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zoo.tokenizers.kl.tokenizer import KLTokenizer
-from zoo.training.autoencoder import AutoencoderTraining
+from zoo.training.autoencoder import AutoencoderTraining, Regularized
 
 
 class KLTraining(AutoencoderTraining):
@@ -24,10 +24,11 @@ class KLTraining(AutoencoderTraining):
         super().__init__(tokenizer, **arguments)
         self.kl_weight, self.measure_scale = kl_weight, measure_scale
 
-    def regularized(self, values: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def regularized(self, values: Tensor) -> Regularized:
         reconstruction, posterior = self.tokenizer(values)
         divergence = posterior.kl().mean()
-        return reconstruction, self.kl_weight * divergence / values[0].numel(), {"kl": divergence}
+        loss = self.kl_weight * divergence / values[0].numel()
+        return Regularized(reconstruction, loss, codes=None, logs={"kl": divergence})
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo.errors import ZooError
 from zoo.tokenizers.mingtok.losses import spread_mask
 from zoo.tokenizers.mingtok.tokenizer import MingTokTokenizer
-from zoo.training.autoencoder import AutoencoderTraining
+from zoo.training.autoencoder import AutoencoderTraining, Regularized
 from zoo.training.teacher import Teacher
 
 PARTS = ("encoder", "semantic_decoder", "pixel_decoder")
@@ -92,7 +92,7 @@ class MingTokTraining(AutoencoderTraining):
     def last_layer(self) -> Tensor:
         return self.tokenizer.pixel_decoder.head.weight
 
-    def regularized(self, values: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def regularized(self, values: Tensor) -> Regularized:
         latents, features = self.understand(values)
         reconstruction = self.tokenizer.pixel_decoder(features)
         terms = {}
@@ -102,7 +102,7 @@ class MingTokTraining(AutoencoderTraining):
             terms["masked"] = self.masked_weight * self.loss(self.complete(values[some], mask[some]), values[some])
         for name, distance in self.distances(values, latents, features).items():
             terms[name] = self.weights[name] * distance
-        return reconstruction, sum(terms.values(), values.new_zeros(())), terms
+        return Regularized(reconstruction, sum(terms.values(), values.new_zeros(())), codes=None, logs=terms)
 
     def understand(self, values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Values (B, 3, H, W) to latents (B, N, C), not normalised, and semantic features (B, N, D)."""

@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
-from zoo.training.autoencoder import AutoencoderTraining
+from zoo.training.autoencoder import AutoencoderTraining, Regularized
 
 
 class VQGANTraining(AutoencoderTraining):
     """Its regularizer is the loss of the quantizer."""
 
-    def regularized(self, values: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def regularized(self, values: Tensor) -> Regularized:
         reconstruction, quantized = self.tokenizer(values)
         logs = {"quantizer": quantized.loss, "perplexity": quantized.perplexity}
-        return reconstruction, quantized.loss, logs
+        return Regularized(reconstruction, quantized.loss, quantized.quantized.flatten(1, 2), logs)
