@@ -47,6 +47,12 @@ def test_every_shipped_name_loads_and_reconstructs():
         assert not tokenizer.training
         images = torch.rand(2, info.channels, info.image_size, info.image_size)
         assert tokenizer.reconstruct(images).shape == images.shape
+        tokens = tokenizer.encode(images)
+        if info.kind == "discrete":
+            assert tokenizer.embed(tokens).shape == (*tokens.mask.shape, info.embedding_dim)
+        else:
+            with pytest.raises(ZooError, match="continuous tokens and no codebook embeddings"):
+                tokenizer.embed(tokens)
 
 
 def test_a_saved_tokenizer_comes_back_with_its_own_sizes(tmp_path):

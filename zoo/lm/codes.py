@@ -22,9 +22,6 @@ from zoo.vocabulary import Stream
 if TYPE_CHECKING:
     from zoo.lm.model import VisualLM
 
-TOP_P = 0.5
-"""Of the scripts of SEED-LLaMA, which draw at temperature 1."""
-
 
 class CodeVision(Vision):
     """A frozen tokenizer of ids, each of which is a word of the language model.
@@ -45,6 +42,7 @@ class CodeVision(Vision):
     """
 
     kind, FILE, spoken = "code", "codes.json", True
+    top_p = 0.5  # of the scripts of SEED-LLaMA, which draw at temperature 1
 
     def __init__(
         self,
@@ -56,13 +54,7 @@ class CodeVision(Vision):
         info = tokenizer.info
         if info.kind != "discrete":
             raise ZooError(f"{info.name} has latents and no ids that could be words; give a tokenizer of ids.")
-        if num_tokens is not None and not info.variable_length:
-            raise ZooError(
-                f"num_tokens is for tokenizers of variable length, and {info.name} has {info.max_tokens} tokens for "
-                "every image; leave it out."
-            )
-        if num_tokens is not None and num_tokens < 1:
-            raise ZooError(f"num_tokens must be at least 1, got {num_tokens}.")
+        self.settings = encode_settings(info, num_tokens)
         streams = info.streams if streams is None else [streams] if isinstance(streams, str) else streams
         self.streams = tuple(_checked(info, one) for one in streams)
         self.num_tokens, self.length = num_tokens, num_tokens or info.max_tokens
@@ -76,8 +68,7 @@ class CodeVision(Vision):
     def see(self, images: Tensor) -> Seen:
         # ids are exact whatever the precision of the training around them
         with torch.autocast(images.device.type, enabled=False):
-            settings = {} if self.num_tokens is None else {"num_tokens": self.num_tokens}
-            tokens = self.tokenizer._encode(images.to(self.tokenizer.dtype), **settings)
+            tokens = self.tokenizer._encode(images.to(self.tokenizer.dtype), **self.settings)
         # ids are laid out in sequences on the CPU: unlike latents, they wait for the device
         return Seen(Tokens({stream.name: tokens.ids[stream.name] for stream in self.streams}, mask=tokens.mask).cpu())
 
@@ -105,7 +96,10 @@ class CodeVision(Vision):
 
 
 class CodeWriter:
-    """One word after the other, of those that can stand at its place: the codes of its stream and level, or a mark."""
+    """One word after the other, of those that can stand at its place: the codes of its stream and level, or a mark.
+
+    What is drawn are numbers; `places`, `scores`, `read` and `tokens` say what they mean.
+    """
 
     def __init__(
         self,
@@ -120,38 +114,57 @@ class CodeWriter:
         num_steps: int | None,
         do_sample: bool,
         top_p: float | None,
+        top_k: int | None,
     ):
-        self.top_p = TOP_P if top_p is None else top_p
+        self.top_p, self.top_k = vision.top_p if top_p is None else top_p, top_k
         if num_steps is not None:
             raise ZooError(f"num_steps is for a flow head, and {vision.tokenizer.info.name} has ids; leave it out.")
         if not temperature > 0:
             raise ZooError(f"temperature must be above 0 for ids, got {temperature}; do_sample=False is greedy.")
         if not 0 < self.top_p <= 1:
             raise ZooError(f"top_p must be above 0 and at most 1, got {top_p}.")
+        if top_k is not None and top_k < 1:
+            raise ZooError(f"top_k must be at least 1, got {top_k}.")
         self.vision, self.model, self.copies, self.temperature = vision, model, copies, temperature
         self.scales = text_scale, image_scale
-        self.places = _places(vision, model)[1:]  # the first word ends the prompt
-        self.length, self.words = len(self.places), []
+        self.possible, self.words = self.places(), []
+        self.length = len(self.possible)
         shape = (count, self.length)
         self.draws = drawn(torch.rand, shape, generator, model.lm.device).double() if do_sample else None
 
     def write(self, output: CausalLMOutputWithPast) -> Tensor:
         number = len(self.words)
-        _, words = self.places[number]
-        scores = self._guided(output.logits[:, -1, words.start : words.stop].float())
+        place = self.possible[number]
+        scores = self._guided(self.scores(output, place).float())
         draws = None if self.draws is None else self.draws[:, number]
-        self.words.append(words.start + pick(scores, draws, self.temperature, self.top_p))
-        return self.model.lm.get_input_embeddings()(self.words[-1]).repeat(self.copies, 1)[:, None]
+        self.words.append(place.start + pick(scores, draws, self.temperature, self.top_p, self.top_k))
+        return self.read(self.words[-1]).repeat(self.copies, 1)[:, None]
 
     def finish(self) -> GeneratedImages:
-        written, info, ids = torch.stack(self.words, dim=1), self.vision.tokenizer.info, {}
+        tokens = self.tokens(torch.stack(self.words, dim=1))
+        return GeneratedImages(self.vision.tokenizer.decode(tokens), tokens)
+
+    def places(self) -> list[range]:
+        """The numbers that are possible at each place."""
+        return [numbers for _, numbers in _places(self.vision, self.model)[1:]]  # the first word ends the prompt
+
+    def scores(self, output: CausalLMOutputWithPast, place: range) -> Tensor:
+        """Of these numbers, (copies * B, len(place)), by what the model says at the last position."""
+        return output.logits[:, -1, place.start : place.stop]
+
+    def read(self, written: Tensor) -> Tensor:
+        """What the model reads next, (B, hidden_size), for numbers (B,)."""
+        return self.model.lm.get_input_embeddings()(written)
+
+    def tokens(self, written: Tensor) -> Tokens:
+        """Of all numbers (B, length)."""
+        info, ids, names = self.vision.tokenizer.info, {}, [name for name, _ in _places(self.vision, self.model)[1:]]
         for stream in self.vision.streams:
-            codes = written[:, [place == stream.name for place, _ in self.places]]
+            codes = written[:, [name == stream.name for name in names]]
             if stream.name in info.levels:
                 codes = codes.unflatten(1, (-1, stream.levels))
             ids[stream.name] = self.model.vocabulary.to_codes(stream.name, codes)
-        tokens = Tokens(ids)
-        return GeneratedImages(self.vision.tokenizer.decode(tokens), tokens)
+        return Tokens(ids)
 
     def _guided(self, scores: Tensor) -> Tensor:
         """Scores (copies * B, K) of all rows to those (B, K) of the images."""
@@ -163,21 +176,42 @@ class CodeWriter:
         return guide_twice(rows[0], rows[2], rows[1], text_scale, image_scale)
 
 
-def pick(scores: Tensor, draws: Tensor | None = None, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+def pick(
+    scores: Tensor,
+    draws: Tensor | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+) -> Tensor:
     """One of K for each row of scores (B, K), (B,) int64.
 
-    draws: (B,) uniform in 0..1; None: the highest score, the first of equal ones. Of the smallest set of the most
-    likely ones that has a probability of top_p or more, in which probabilities keep their proportions.
+    draws: (B,) uniform in 0..1; None: the highest score, the first of equal ones. Of the top_k most likely ones, and of
+    these the smallest set that has a probability of top_p or more, in which probabilities keep their proportions.
     """
     if draws is None:
         return scores.argmax(1)
-    likely, order = (scores.double() / temperature).softmax(1).sort(dim=1, descending=True, stable=True)
+    scores, order = (scores.double() / temperature).sort(dim=1, descending=True, stable=True)
+    likely = scores[:, :top_k].softmax(1)
     total = likely.cumsum(1)
     kept = total - likely < top_p
     kept[:, 0] = True
     mass = (likely * kept).sum(1)
     passed = (total <= (draws * mass)[:, None]).sum(1)
     return order.gather(1, passed.clamp(max=kept.sum(1) - 1)[:, None])[:, 0]
+
+
+def encode_settings(info: TokenizerInfo, num_tokens: int | None) -> dict:
+    """Settings of a tokenizer's encode for exactly so many tokens; None: it decides. Raises ZooError."""
+    if num_tokens is None:
+        return {}
+    if not info.variable_length:
+        raise ZooError(
+            f"num_tokens is for tokenizers of variable length, and {info.name} has {info.max_tokens} tokens for "
+            "every image; leave it out."
+        )
+    if num_tokens < 1:
+        raise ZooError(f"num_tokens must be at least 1, got {num_tokens}.")
+    return {"num_tokens": num_tokens}
 
 
 def _checked(info: TokenizerInfo, stream: Stream | str) -> Stream:

@@ -28,6 +28,7 @@ def generate_image(
     generator: Generators = None,
     do_sample: bool = True,
     top_p: float | None = None,
+    top_k: int | None = None,
 ) -> GeneratedImages:
     """An image for each prompt, one token after the other, each becoming what the model reads next.
 
@@ -47,8 +48,9 @@ def generate_image(
         generator: of what is drawn, on any device; a list has one for each prompt, so that an image does not depend
             on its batch.
         do_sample: of ids, False: the most likely one at each place.
-        top_p: of ids, the most likely ones that have this share together are drawn from; default: 0.5, as in the
-            scripts of SEED-LLaMA.
+        top_p: of ids, the most likely ones that have this share together are drawn from; default: 0.5 of ids that are
+            words, as in the scripts of SEED-LLaMA, and 1 of those that are read as embeddings, as in ETT.
+        top_k: of ids, so many of the most likely ones are drawn from; default: all.
 
     Raises:
         ZooError: an empty prompt, one too long for the context, another number of images or generators than of prompts,
@@ -68,7 +70,10 @@ def generate_image(
     if text_scale != 1 or (seen is not None and image_scale != 1):
         rows += [([],)] * count + ([] if seen is None else given)
         copies = 2 if seen is None else 3
-    begin = torch.tensor([model.vocabulary.id_of(vision.streams[0].begin)])
+    mark = vision.streams[0].begin
+    begin = torch.tensor([model.vocabulary.id_of(mark)] if mark else [], dtype=torch.int64)
+    if copies > 1 and not (mark or model.bos):
+        raise ZooError("guidance needs a word before an image without its text, and this model has none; use scale 1.")
     ids, live = model.pad([torch.cat([model.join(*row), begin]) for row in rows], "left")
     ids, live = ids.to(model.lm.device), live.to(model.lm.device)
     writer = vision.writer(
@@ -82,6 +87,7 @@ def generate_image(
         num_steps=num_steps,
         do_sample=do_sample,
         top_p=top_p,
+        top_k=top_k,
     )
     if ids.shape[1] + writer.length > model.context:
         raise ZooError(

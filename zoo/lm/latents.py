@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from zoo import registry, weights
 from zoo.errors import ZooError
-from zoo.lm.vision import TOKENIZER_FILE, GeneratedImages, Generators, Seen, Vision, drawn
+from zoo.lm.vision import TOKENIZER_FILE, GeneratedImages, Generators, Seen, Vision, drawn, patches
 from zoo.tokenizer import Tokens, config_fields, make_config
 from zoo.tokenizers.mingtok.head import FlowHead, FlowHeadConfig
 from zoo.tokenizers.mingtok.tokenizer import MingTokTokenizer
@@ -116,11 +116,12 @@ class FlowWriter:
         num_steps: int | None,
         do_sample: bool,
         top_p: float | None,
+        top_k: int | None,
     ):
-        if not do_sample or top_p is not None:
+        if not do_sample or top_p is not None or top_k is not None:
             raise ZooError(
-                f"do_sample and top_p are for the ids of a discrete tokenizer, and {vision.tokenizer.info.name} has "
-                "latents; leave them out (temperature=0 writes without noise)."
+                "do_sample, top_p and top_k are for the ids of a discrete tokenizer, and "
+                f"{vision.tokenizer.info.name} has latents; leave them out (temperature=0 writes without noise)."
             )
         self.vision, self.copies, self.generator = vision, copies, generator
         self.scales = {"text_scale": text_scale, "image_scale": image_scale}
@@ -141,8 +142,3 @@ class FlowWriter:
         tokenizer, side = self.vision.tokenizer, self.vision.tokenizer.config.grid
         tokens = Tokens(latents={"image": torch.stack(self.latents, dim=1)}, grid=(side, side))
         return GeneratedImages(tokenizer.decode_features(torch.stack(self.features, dim=1)), tokens)
-
-
-def patches(count: int, length: int) -> Tokens:
-    """What stands in a sequence for images of so many latents."""
-    return Tokens(ids={"image": torch.zeros(count, length, dtype=torch.int64)})

@@ -2,8 +2,9 @@
 
 Words and images go through one vocabulary: an image in a sequence is a begin word, a word for each of its tokens, and
 an end word. What stands behind these words, how the model reads it and how it is written is the matter of its visual
-side: ids of a discrete tokenizer (zoo.lm.codes, as in SEED-LLaMA, arXiv 2310.01218) or latents behind a flow head
-(zoo.lm.latents, as in Ming-UniVision, arXiv 2510.06590).
+side: ids of a discrete tokenizer (zoo.lm.codes, as in SEED-LLaMA, arXiv 2310.01218), their codebook embeddings behind a
+projector (zoo.lm.embeddings, as in ETT, arXiv 2505.10562) or latents behind a flow head (zoo.lm.latents, as in
+Ming-UniVision, arXiv 2510.06590).
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from zoo import registry
 from zoo.errors import ZooError
 from zoo.lm.codes import CodeVision
-from zoo.lm.latents import FlowVision, patches
-from zoo.lm.vision import Vision
+from zoo.lm.embeddings import EmbeddingConfig, EmbeddingVision
+from zoo.lm.latents import FlowVision
+from zoo.lm.vision import Seen, Vision, patches
 from zoo.tokenizer import Tokenizer, Tokens
 from zoo.tokenizers.mingtok.head import FlowHead, FlowHeadConfig
 from zoo.tokenizers.mingtok.tokenizer import MingTokTokenizer
 from zoo.vocabulary import Stream, Vocabulary
 
-VISIONS = FlowVision, CodeVision
+VISIONS = FlowVision, CodeVision, EmbeddingVision
 
 
 class VisualLM(nn.Module):
@@ -69,9 +71,9 @@ class VisualLM(nn.Module):
         if self.bos and self.words.bos_token_id is None:
             raise ZooError("the text tokenizer has no bos_token to begin with; set one, or bos=False.")
         rows = self.lm.get_input_embeddings().weight.shape[0]
-        if rows < len(self.vocabulary):
+        if rows < (needed := len(self.vocabulary) - self.vision.unembedded):
             raise ZooError(
-                f"the language model has {rows} words and the text tokenizer {len(self.vocabulary)}; "
+                f"the language model has {rows} words and the text tokenizer {needed}; "
                 "extend it as VisualLM.create does."
             )
         self.vision.check(self.lm.config.get_text_config().hidden_size)
@@ -86,6 +88,7 @@ class VisualLM(nn.Module):
         streams: Sequence[Stream | str] | None = None,
         num_tokens: int | None = None,
         bos: bool = False,
+        embeddings: EmbeddingConfig | None = None,
     ) -> VisualLM:
         """A model to be trained: a flow head is fresh, and the words of images are added.
 
@@ -94,26 +97,30 @@ class VisualLM(nn.Module):
             words: a text tokenizer, which receives the new words, or hub id or folder of one.
             tokenizer: of images, frozen from now on.
             head: sizes of the flow head that MingTok needs.
-            streams, num_tokens: for a discrete tokenizer, see CodeVision.
+            streams: of a discrete tokenizer whose ids are words, see CodeVision.
+            num_tokens: of a discrete tokenizer of variable length, see CodeVision.
             bos: see VisualLM.
+            embeddings: read the codebook embeddings of a discrete tokenizer; None: its ids are words.
 
         Raises:
             ZooError: the parts cannot be had, or do not fit together.
         """
-        vision = _vision(tokenizer, head, streams, num_tokens)
+        if not isinstance(lm, PretrainedConfig):
+            lm = _pretrained(AutoModelForCausalLM, lm, dtype=torch.float32, use_safetensors=True)
+        config = lm if isinstance(lm, PretrainedConfig) else lm.config
+        hidden_size = config.get_text_config().hidden_size
+        vision = _vision(tokenizer, head, streams, num_tokens, embeddings, hidden_size)
         if isinstance(words, (str, Path)):
             words = _pretrained(PreTrainedTokenizerFast, words)
         vocabulary = Vocabulary(len(words), vision.streams)
         vocabulary.extend_tokenizer(words)
         if isinstance(lm, PretrainedConfig):
             lm = copy.deepcopy(lm)
-            lm.vocab_size = len(vocabulary)
+            lm.vocab_size = len(vocabulary) - vision.unembedded
             lm = AutoModelForCausalLM.from_config(lm)
-        else:
-            lm = _pretrained(AutoModelForCausalLM, lm, dtype=torch.float32, use_safetensors=True)
-            # many models have more rows than words, and those serve
-            if lm.get_input_embeddings().weight.shape[0] < len(vocabulary):
-                vocabulary.extend_embedding(lm)
+        # many models have more rows than words, and those serve
+        elif lm.get_input_embeddings().weight.shape[0] < len(vocabulary) - vision.unembedded:
+            vocabulary.extend_embedding(lm)
         return cls(lm, words, vision, bos)
 
     @property
@@ -146,10 +153,12 @@ class VisualLM(nn.Module):
     def embed(self, ids: Tensor, images: Tensor | None = None) -> Tensor:
         """Inputs (B, T, hidden_size) for ids: embedded words and, where it is not the words that are read of images,
         the inputs (n, N, hidden_size) of Vision.see, in the order in which they come."""
-        inputs = self.lm.get_input_embeddings()(ids)
+        embedding = self.lm.get_input_embeddings()
         if images is None:
-            return inputs
-        return inputs.masked_scatter((self.vocabulary.stream_of(ids) >= 0)[..., None], images.to(inputs.dtype))
+            return embedding(ids)
+        places = self.vocabulary.stream_of(ids) >= 0
+        inputs = embedding(ids.masked_fill(places, 0))  # their words may have no rows
+        return inputs.masked_scatter(places[..., None], images.to(inputs.dtype))
 
     def run(
         self, inputs: Tensor, live: Tensor, keep: int | Tensor, cache: DynamicCache | None = None
@@ -174,11 +183,12 @@ class VisualLM(nn.Module):
     def forward(
         self,
         texts: Sequence[str],
-        images: Tensor,
+        images: Tensor | Seen,
         to_image: Tensor,
         dropped: Tensor,
         *draws: Tensor,
         all_words: bool = False,
+        prompts: Sequence[str] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Losses of pairs of a text and an image, each in one of two directions:
 
@@ -188,45 +198,58 @@ class VisualLM(nn.Module):
         Texts too long for the context are cut off.
 
         Args:
-            texts: B.
-            images: (B, C, H, W) in [0, 1].
+            texts: B, none empty.
+            images: (B, C, H, W) in [0, 1], or what `vision.see` gave of them.
             to_image: (B,) bool on the CPU, True: text to image; False: image to text.
             dropped: (B,) bool on the CPU: without the text, for guidance, where it leads to an image.
             draws: of Vision.draws for B images, rows of the images; a flow head's are times (B, N) and noise (B, N, C).
             all_words: every word that has one before it is learned, as in SEED-LLaMA: the text before an image, an
                 image before a text, the words around it, and the end of every sequence.
+            prompts: B texts that are read and not learned, between an image and the text that follows it.
 
         Returns:
             Cross entropy (n,) of each word of a text, and (m,) that of each word of an image, where these are tokens,
             or the error of each latent.
+
+        Raises:
+            ZooError: an empty text, one without which nothing stands before its image, or no room for any.
         """
         if all_words and not self.vision.spoken:
             raise ZooError("all_words is for images of words, and these have latents; leave it out.")
-        seen = self.vision.see(images)
-        sequences, end = [], [self.words.eos_token_id]
+        seen = images if isinstance(images, Seen) else self.vision.see(images)
+        sequences, learned, end = [], [], [self.words.eos_token_id]
+        alone = not (self.bos or self.vision.streams[0].begin)  # whether an image can be the first in a sequence
         for i, (text, image_last, drop) in enumerate(zip(texts, to_image.tolist(), dropped.tolist(), strict=True)):
             image = self.vocabulary.join([seen.tokens[i]])
-            room = self.context - self.bos - len(image) - 1  # for the end
+            prompt = [] if prompts is None or image_last else self.text_ids(prompts[i])
+            room = self.context - self.bos - len(image) - len(prompt) - 1  # for the end
             if room < 1:
+                asked = f", a prompt of {len(prompt)}" if prompt else ""
                 raise ZooError(
-                    f"an image of {len(image)} words and a text do not fit into a context of {self.context}."
+                    f"an image of {len(image)} words{asked} and a text do not fit into a context of {self.context}."
                 )
             ids = self.text_ids(text)[:room]
+            if not ids:
+                raise ZooError(f"text {i} of the batch is empty; leave such samples out of the data.")
+            if image_last and drop and alone:
+                raise ZooError("an image without its text needs a word to begin with: set embeddings.marks or bos.")
             before, after = (ids, end if all_words else []) if image_last else ([], [*ids, *end])
             before = [] if image_last and drop else before
-            sequences.append(torch.cat([self.join(before), image, self.vocabulary.join([after])]))
+            sequences.append(torch.cat([self.join(before), image, self.vocabulary.join([prompt, after])]))
+            first = len(sequences[-1]) - (0 if image_last else len(after))
+            learned.append(torch.arange(len(sequences[-1])) >= first)
         ids, live = self.pad(sequences, "right")
+        learned = pad_sequence(learned, batch_first=True)
 
         # what is learned where is known on the CPU: from here on a training step does not wait for the device
         following = ids[:, 1:]
-        words = (following < self.vocabulary.text_size) & live[:, 1:]
-        tokens = self.vocabulary.stream_of(following) >= 0
         if all_words:
             tokens = following >= self.vocabulary.text_size
+            words = ~tokens & live[:, 1:]
         else:
-            words, tokens = words & ~to_image[:, None], tokens & to_image[:, None]
+            words, tokens = learned[:, 1:], (self.vocabulary.stream_of(following) >= 0) & to_image[:, None]
         said = words | tokens if self.vision.spoken else words
-        keep, device = said.any(0).nonzero()[:, 0], images.device
+        keep, device = said.any(0).nonzero()[:, 0], self.lm.device
         place = lambda chosen: tuple(index.to(device) for index in chosen.nonzero(as_tuple=True))  # noqa: E731
         inputs = self.embed(ids.to(device), seen.inputs)
         output = self.run(inputs, live.to(device), keep.to(device))
@@ -237,6 +260,10 @@ class VisualLM(nn.Module):
 
         if self.vision.spoken:
             return cross_entropy(words), cross_entropy(tokens)
+        if seen.latents is None:  # images are only read
+            if to_image.any():
+                raise ZooError(f"images are not written: {self.vision.obstacle}; or set image_share=0.")
+            return cross_entropy(words), inputs.new_zeros(0)
         targets = (one[place(to_image)].flatten(0, 1) for one in (seen.latents, *draws))
         return cross_entropy(words), self.vision.loss(output.hidden_states[-1][place(tokens)], *targets)
 
@@ -273,11 +300,17 @@ def _vision(
     head: FlowHeadConfig | None,
     streams: Sequence[Stream | str] | None,
     num_tokens: int | None,
+    embeddings: EmbeddingConfig | None,
+    hidden_size: int,
 ) -> Vision:
     info = tokenizer.info
+    if info.kind == "discrete" and head is not None:
+        raise ZooError(f"a flow head writes latents, and {info.name} has ids; leave the head out.")
+    if embeddings is not None:
+        if streams is not None:
+            raise ZooError("codebook embeddings are of all streams and no words; leave streams out.")
+        return EmbeddingVision(tokenizer, hidden_size, embeddings, num_tokens)
     if info.kind == "discrete":
-        if head is not None:
-            raise ZooError(f"a flow head writes latents, and {info.name} has ids; leave the head out.")
         return CodeVision(tokenizer, streams, num_tokens)
     if not isinstance(tokenizer, MingTokTokenizer):
         raise ZooError(

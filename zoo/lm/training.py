@@ -6,6 +6,7 @@ MingTok's authors have not released theirs, and that part is the zoo's own; for 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,8 +17,10 @@ from zoo import registry
 from zoo.data import Loader
 from zoo.distributed import sum_over_ranks, world_size
 from zoo.errors import ZooError
+from zoo.lm.embeddings import EmbeddingConfig, EmbeddingVision
 from zoo.lm.generate import generate_image
 from zoo.lm.model import VisualLM
+from zoo.lm.vision import Seen
 from zoo.tokenizer import Tokenizer
 from zoo.tokenizers.mingtok.head import FlowHeadConfig
 from zoo.training.module import Losses, TrainingModule, batch_size
@@ -34,14 +37,17 @@ class VisualLMTraining(TrainingModule):
     """One optimizer for language model and head, one pass for both directions; the visual tokenizer is frozen.
 
     The loss is text_weight times the mean over words of texts plus that over what is written of images, flow_weight
-    times the mean over latents or code_weight times the mean over codes; means are over all ranks.
+    times the mean over latents or code_weight times the mean over codes; means are over all ranks. A batch has the
+    field "caption" and, where there are questions to answer, "prompt", which is read between the image and the caption.
 
     Args:
         tokenizer: of images.
-        lm, text_tokenizer: of VisualLM.create.
+        lm, text_tokenizer: of VisualLM.create, where there is no start.
+        start: a folder of an earlier run's model (VisualLM.save), to go on from, its tokenizer included.
         head: of VisualLM.create, for a tokenizer of latents.
         tokenizer_weights: a file, where the tokenizer's name alone has none.
-        streams, num_tokens, bos: of VisualLM.create.
+        streams, num_tokens, bos, embeddings: of VisualLM.create.
+        train_lm: False: the language model is frozen, and the visual side alone learns.
         text_weight, flow_weight, code_weight: of the losses.
         all_words: learn every word of every sequence, see VisualLM.forward, as SEED-LLaMA does: the loss is then one
             mean over all of them, each with the weight of its kind.
@@ -53,13 +59,16 @@ class VisualLMTraining(TrainingModule):
     def __init__(
         self,
         tokenizer: Tokenizer,
-        lm: PretrainedConfig | str,
-        text_tokenizer: PreTrainedTokenizerFast | str,
+        lm: PretrainedConfig | str | None = None,
+        text_tokenizer: PreTrainedTokenizerFast | str | None = None,
+        start: str | Path | None = None,
         head: FlowHeadConfig | None = None,
         tokenizer_weights: str | Path | None = None,
         streams: Sequence[Stream | str] | None = None,
         num_tokens: int | None = None,
         bos: bool = False,
+        embeddings: EmbeddingConfig | None = None,
+        train_lm: bool = True,
         text_weight: float = 1.0,
         flow_weight: float = 1.0,
         code_weight: float = 1.0,
@@ -71,9 +80,22 @@ class VisualLMTraining(TrainingModule):
         for name, share in (("image_share", image_share), ("condition_dropout", condition_dropout)):
             if not 0 <= share <= 1:
                 raise ZooError(f"{name} must be a share from 0 to 1, got {share}.")
-        space = registry.tokenizers.with_weights(tokenizer, tokenizer_weights)
-        super().__init__(space, **arguments)
-        self.model = VisualLM.create(lm, text_tokenizer, space, head, streams, num_tokens, bos)
+        if start is not None:
+            model = started(start, tokenizer, embeddings)
+        elif lm is None or text_tokenizer is None:
+            raise ZooError(
+                "this experiment goes on from an earlier one; set module.start to OUTPUT_DIR/model of that, or "
+                "module.lm and module.text_tokenizer to begin with others."
+            )
+        else:
+            space = registry.tokenizers.with_weights(tokenizer, tokenizer_weights)
+            model = VisualLM.create(lm, text_tokenizer, space, head, streams, num_tokens, bos, embeddings)
+        super().__init__(model.vision.tokenizer, **arguments)
+        self.model = model
+        self.train_lm = train_lm
+        self.model.lm.requires_grad_(train_lm)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ZooError("train_lm=false leaves nothing to learn where ids are words; set module.embeddings.")
         self.loss_weights = text_weight, {"flow": flow_weight, "code": code_weight}[self.model.vision.kind]
         self.all_words, self.image_share, self.condition_dropout = all_words, image_share, condition_dropout
 
@@ -86,6 +108,8 @@ class VisualLMTraining(TrainingModule):
     def train(self, mode: bool = True) -> VisualLMTraining:
         super().train(mode)
         self.tokenizer.eval()
+        if not self.train_lm:
+            self.model.lm.eval()
         return self
 
     def losses(self, batch: dict) -> Losses:
@@ -94,9 +118,11 @@ class VisualLMTraining(TrainingModule):
         dropped = torch.rand(count, generator=directions) < self.condition_dropout
         seed = int(torch.randint(2**62, (), generator=directions))
         draws = torch.Generator(self.device).manual_seed(seed)
-        text, image = self.pair_losses(
-            batch, self.own_rows(to_image), self.own_rows(dropped), draws, all_words=self.all_words
-        )
+        losses = self.pair_losses(batch, self.own_rows(to_image), self.own_rows(dropped), draws, self.all_words)
+        yield "model", *self.weighted(*losses)
+
+    def weighted(self, text: Tensor, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a step, from this rank's losses (n,) and (m,) of texts and images, and what to log."""
         sums = torch.stack([text.sum(), image.sum()])
         all_sums, counts = sum_over_ranks(sums, sums.new_tensor([len(text), len(image)]))
         means = (all_sums / counts.clamp(min=1)).detach()
@@ -104,34 +130,47 @@ class VisualLMTraining(TrainingModule):
             counts = counts.sum().expand(2)
         scales = sums.new_tensor(self.loss_weights) / counts.clamp(min=1)
         logs = {"loss": (scales * all_sums).sum().detach(), "text_loss": means[0]}
+        if self.image_share:
+            logs[f"{self.model.vision.kind}_loss"] = means[1]
         # gradients are averaged over ranks, and each rank has its part of the sums
-        yield "model", world_size() * (scales * sums).sum(), logs | {f"{self.model.vision.kind}_loss": means[1]}
+        return world_size() * (scales * sums).sum(), logs
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        """Both losses, each of all pairs and without dropout, of what is learned by default, at random numbers that are
-        the same in every run."""
+        """The losses of the directions that are learned, each of all pairs and without dropout, of what is learned by
+        default, at random numbers that are the same in every run."""
         draws, count = torch.Generator(self.device).manual_seed(batch_idx), batch_size(batch)
         never = torch.zeros(count, dtype=torch.bool)
         text, _ = self.pair_losses(batch, never, never, draws)
-        _, image = self.pair_losses(batch, ~never, never, draws)
-        loss = self.loss_weights[0] * text.mean() + self.loss_weights[1] * image.mean()
-        for name, value, weight in (
-            ("text_loss", text.mean(), len(text)),
-            (f"{self.model.vision.kind}_loss", image.mean(), len(image)),
-            ("loss", loss, count),
-        ):
+        loss = self.loss_weights[0] * text.mean()
+        found = [("text_loss", text.mean(), len(text))]
+        if self.image_share:
+            _, image = self.pair_losses(batch, ~never, never, draws)
+            loss = loss + self.loss_weights[1] * image.mean()
+            found.append((f"{self.model.vision.kind}_loss", image.mean(), len(image)))
+        for name, value, weight in (*found, ("loss", loss, count)):
             self.log(f"val/{name}", value, batch_size=weight, sync_dist=True, prog_bar=True)
 
     def pair_losses(
-        self, batch: dict, to_image: Tensor, dropped: Tensor, draws: torch.Generator, all_words: bool = False
+        self,
+        batch: dict,
+        to_image: Tensor,
+        dropped: Tensor,
+        draws: torch.Generator,
+        all_words: bool = False,
+        seen: Seen | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Losses of this rank's texts and images, see VisualLM.forward; random numbers are drawn for all ranks."""
+        """Losses of this rank's texts and images, see VisualLM.forward; random numbers are drawn for all ranks.
+
+        seen: what the model's visual side gave of the images; default: what it gives now.
+        """
         if "caption" not in batch:
             raise ZooError("a batch has no field 'caption'; add it to data.fields.")
         images = batch[self.tokenizer.info.input]
         rows = self.model.vision.draws(len(images) * self.trainer.world_size, draws)
         settings = {"all_words": True} if all_words else {}
-        return self.model(batch["caption"], images, to_image, dropped, *map(self.own_rows, rows), **settings)
+        settings |= {"prompts": batch["prompt"]} if "prompt" in batch else {}
+        given = images if seen is None else seen
+        return self.model(batch["caption"], given, to_image, dropped, *map(self.own_rows, rows), **settings)
 
     @torch.no_grad()
     def pictures(self, batch: dict, count: int) -> Tensor:
@@ -147,3 +186,23 @@ class VisualLMTraining(TrainingModule):
         path = folder / "model"
         self.model.save(path)
         return path
+
+
+def started(folder: str | Path, tokenizer: Tokenizer, embeddings: EmbeddingConfig | None) -> VisualLM:
+    """The model of an earlier run in training mode, with a fresh visual head where it had none and gets one.
+
+    tokenizer, embeddings: what the run at hand asks for. Raises ZooError where that is not what the model has.
+    """
+    model = VisualLM.load(folder)
+    own, vision, had = model.vision.tokenizer, model.vision, getattr(model.vision, "config", None)
+    if (own.info.name, own.config) != (tokenizer.info.name, tokenizer.config):
+        raise ZooError(
+            f"{folder} is a model on {own.info.name} of {own.config}, got {tokenizer.info.name} of {tokenizer.config}; "
+            "choose its tokenizer."
+        )
+    if had != embeddings:
+        if had is None or embeddings != replace(had, visual_head=True):
+            raise ZooError(f"{folder} reads images with embeddings {had}, got {embeddings}; choose its own.")
+        model.vision = EmbeddingVision(own, vision.projector[2].out_features, embeddings, vision.num_tokens)
+        model.vision.projector = vision.projector
+    return model.train()

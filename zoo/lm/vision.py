@@ -71,6 +71,11 @@ class Vision(nn.Module):
     """Guidance of generate_image, unless another is asked for."""
     image_scale: ClassVar[float] = 1.0
 
+    unembedded: ClassVar[int] = 0
+    """How many of the last words only hold places, so that the language model needs no rows for them."""
+    top_p: ClassVar[float | None] = None
+    """Of generate_image, likewise; None: nothing is drawn."""
+
     streams: tuple[Stream, ...]
     """The words of images, in the order in which they stand in a sequence."""
     length: int
@@ -125,6 +130,11 @@ class Vision(nn.Module):
     def load(cls, folder: Path) -> tuple[Vision, dict]:
         """What `save` wrote. Raises ZooError for anything else."""
         raise NotImplementedError
+
+
+def patches(count: int, length: int) -> Tokens:
+    """What stands in a sequence for images of so many places, where their words only hold these."""
+    return Tokens(ids={"image": torch.zeros(count, length, dtype=torch.int64)})
 
 
 def drawn(draw: Callable, shape: tuple[int, ...], generator: Generators, device: torch.device) -> Tensor:

@@ -83,7 +83,10 @@ class AutoencoderTraining(TrainingModule):
 
     def losses(self, batch: dict) -> Losses:
         values = self.values(batch["image"])
-        made = self.regularized(values)
+        yield from self.steps(values, self.regularized(values))
+
+    def steps(self, values: Tensor, made: Regularized) -> Losses:
+        """The losses of values (B, C, H, W) and of what `regularized` made of them."""
         if self.discriminates:
             yield "discriminator", *self.discriminator_loss(values, made.reconstruction)
         yield "tokenizer", *self.autoencoder_loss(values, made)

@@ -129,7 +129,12 @@ class DualTokenOutput(NamedTuple):
     pooled: Tensor
     """(B, D): the tower's embedding of the image, from quantised features, not normalised."""
     quantized: dict[str, ResidualQuantized]
-    """By stream."""
+    """By stream, in the order of info.streams."""
+
+    @property
+    def codes(self) -> Tensor:
+        """(B, N, embed_dim of all streams) with gradient: what `embed` gives of the ids."""
+        return torch.cat([quantized.quantized for quantized in self.quantized.values()], dim=-1)
 
 
 class DualTokenTokenizer(Tokenizer):
@@ -218,7 +223,8 @@ class DualTokenTokenizer(Tokenizer):
         if pixel is None:
             quantized = {"image": self.quantizers["image"](semantic)}
         else:
-            quantized = {name: self.quantizers[name](z) for name, z in (("pixel", pixel), ("semantic", semantic))}
+            found = {name: self.quantizers[name](z) for name, z in (("pixel", pixel), ("semantic", semantic))}
+            quantized = {name: found[name] for name in self.info.streams}
         meaning, picture = (quantized.get(name, quantized.get("image")).quantized for name in ("semantic", "pixel"))
         features = self.to_features(meaning)
         pooled = self.encoder.vision.pool(self.finish(features))

@@ -88,9 +88,10 @@ class DualTokenTraining(AutoencoderTraining):
     def values(self, images: Tensor) -> Tensor:
         return 2 * images - 1
 
-    def losses(self, batch: dict) -> Losses:
-        values = self.values(batch["image"])
-        output = self.tokenizer(values, decode=self.train_pixels)
+    def regularized(self, values: Tensor) -> DualTokenOutput:
+        return self.tokenizer(values, decode=self.train_pixels)
+
+    def steps(self, values: Tensor, output: DualTokenOutput) -> Losses:
         terms = self.terms(output, values)
         loss = sum(self.weights[name] * term for name, term in terms.items() if name in self.weights)
         logs = dict(terms)

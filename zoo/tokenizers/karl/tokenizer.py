@@ -341,10 +341,7 @@ class KarlTokenizer(Tokenizer):
         Only live tokens are decoded, each with the position of its slot.
         """
         grid = grid or (self.config.image_size // self.config.base.downsample,) * 2
-        if self.config.quantize:
-            latents = self._embed(tokens)
-        else:
-            latents = tokens.latents["image"].to(self.dtype)
+        latents = self._embed(tokens) if self.config.quantize else tokens.latents["image"].to(self.dtype)
         slots = mask = None
         if not tokens.mask.all():
             latents, slots, live = gather_live(latents, tokens.mask)
@@ -364,8 +361,8 @@ class KarlTokenizer(Tokenizer):
                 f"{want} of {size} x {size} or {size} x {2 * size} pixels, got {height} x {width}; resize or crop."
             )
 
-    def check_tokens(self, tokens: Tokens) -> Tokens:
-        tokens = super().check_tokens(tokens)
+    def check_tokens(self, tokens: Tokens, streams: Sequence[str] | None = None) -> Tokens:
+        tokens = super().check_tokens(tokens, streams)
         if tokens.mask.shape[1] > self.config.num_slots:
             raise ZooError(
                 f"{self.info.name} has {self.config.num_slots} slots for tokens, got {tokens.mask.shape[1]} positions."

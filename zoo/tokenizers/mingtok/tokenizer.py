@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -329,8 +330,8 @@ class MingTokTokenizer(Tokenizer):
             )
         return self.to_images(self.pixel_decoder(features.to(self.device)))
 
-    def check_tokens(self, tokens: Tokens) -> Tokens:
-        tokens = super().check_tokens(tokens)
+    def check_tokens(self, tokens: Tokens, streams: Sequence[str] | None = None) -> Tokens:
+        tokens = super().check_tokens(tokens, streams)
         latents = tokens.latents["image"]
         rms = latents.float().square().mean().sqrt().item()
         # a few values, and those of a tokenizer whose statistics are not known yet, say nothing

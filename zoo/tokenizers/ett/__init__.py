@@ -1,0 +1,1 @@
+"""ETT: a tokenizer that is tuned through the language model that reads it."""
