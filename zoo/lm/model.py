@@ -29,6 +29,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from zoo import registry
 from zoo.errors import ZooError
+from zoo.hub import pretrained
 from zoo.lm.codes import CodeVision
 from zoo.lm.embeddings import EmbeddingConfig, EmbeddingVision
 from zoo.lm.latents import FlowVision
@@ -106,12 +107,12 @@ class VisualLM(nn.Module):
             ZooError: the parts cannot be had, or do not fit together.
         """
         if not isinstance(lm, PretrainedConfig):
-            lm = _pretrained(AutoModelForCausalLM, lm, dtype=torch.float32, use_safetensors=True)
+            lm = pretrained(AutoModelForCausalLM, lm, dtype=torch.float32, use_safetensors=True)
         config = lm if isinstance(lm, PretrainedConfig) else lm.config
         hidden_size = config.get_text_config().hidden_size
         vision = _vision(tokenizer, head, streams, num_tokens, embeddings, hidden_size)
         if isinstance(words, (str, Path)):
-            words = _pretrained(PreTrainedTokenizerFast, words)
+            words = pretrained(PreTrainedTokenizerFast, words)
         vocabulary = Vocabulary(len(words), vision.streams)
         vocabulary.extend_tokenizer(words)
         if isinstance(lm, PretrainedConfig):
@@ -290,8 +291,8 @@ class VisualLM(nn.Module):
             files = " nor ".join(kind.FILE for kind in VISIONS)
             raise ZooError(f"{folder} is no folder that VisualLM.save wrote: it has neither {files}.")
         vision, about = kind.load(folder)
-        lm = _pretrained(AutoModelForCausalLM, folder, use_safetensors=True)
-        model = cls(lm, _pretrained(PreTrainedTokenizerFast, folder), vision, about.get("bos", False))
+        lm = pretrained(AutoModelForCausalLM, folder, use_safetensors=True)
+        model = cls(lm, pretrained(PreTrainedTokenizerFast, folder), vision, about.get("bos", False))
         return model.to(device=device, dtype=dtype).eval()
 
 
@@ -320,14 +321,3 @@ def _vision(
     if head is None or streams is not None or num_tokens is not None:
         raise ZooError(f"{info.name} has latents, which need a head to write them, and no streams or num_tokens.")
     return FlowVision(tokenizer, FlowHead(head))
-
-
-def _pretrained(kind: type, source: str | Path, **settings):
-    try:
-        return kind.from_pretrained(source, **settings)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ZooError(
-            f"transformers finds no language model with its words in '{source}' ({reason}); "
-            "give a hub id or a folder of save_pretrained."
-        ) from error

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from zoo.errors import ZooError
+from zoo.hub import pretrained
 from zoo.tokenizers.seed.tokenizer import MEAN, STD
 from zoo.tokenizers.siglip.encoder import SigLIPEncoder, to_values
 
@@ -106,15 +106,3 @@ class CLIPTextFeatures(Target):
             list(captions), padding="max_length", truncation=True, max_length=self.shape[0], return_tensors="pt"
         )["input_ids"]
         return self.model(ids.to(images.device)).last_hidden_state
-
-
-def pretrained(kind: type, name: str | Path):
-    """`kind.from_pretrained(name)`. Raises ZooError when that is not on this machine and cannot be downloaded."""
-    try:
-        return kind.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ZooError(
-            f"'{name}' is not on this machine and cannot be downloaded ({reason}); fetch its files where there is a "
-            "network and name their folder."
-        ) from error

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import ZooError, nearest
+from zoo.hub import pretrained
 from zoo.losses.contrastive import contrastive_loss_over_ranks
 from zoo.metrics.retrieval import Retrieval
 from zoo.tokenizers.seed import published
-from zoo.tokenizers.seed.targets import pretrained
 from zoo.tokenizers.seed.tokenizer import MEAN, STD, HeadConfig, QFormerHead, SeedConfig, SeedOutput, SeedTokenizer
 from zoo.tokenizers.siglip.encoder import SigLIPEncoder
 from zoo.tokenizers.siglip.training import captions_of, false_captions, mirrored
