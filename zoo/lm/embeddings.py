@@ -112,7 +112,7 @@ class EmbeddingVision(Vision):
     def save(self, folder: Path, about: dict) -> None:
         about = {"tokenizer": self.tokenizer.info.name, "num_tokens": self.num_tokens} | about
         about |= {"config": config_fields(self.config)}
-        weights.save(folder / self.FILE, self._parts().state_dict(), about)
+        weights.save(folder / self.FILE, self.parts().state_dict(), about)
         super().save(folder, about)
 
     @classmethod
@@ -122,10 +122,10 @@ class EmbeddingVision(Vision):
         tokenizer = registry.load_tokenizer(about["tokenizer"], folder / TOKENIZER_FILE)
         hidden_size = len(state["projector.2.weight"])
         vision = cls(tokenizer, hidden_size, make_config(EmbeddingConfig(), about["config"]), about["num_tokens"])
-        weights.load(vision._parts(), state, folder / cls.FILE)
+        weights.load(vision.parts(), state, folder / cls.FILE)
         return vision, about
 
-    def _parts(self) -> nn.ModuleDict:
+    def parts(self) -> nn.ModuleDict:
         """All but the tokenizer."""
         parts = {"projector": self.projector, "visual_head": self.visual_head}
         return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
