@@ -39,11 +39,12 @@ def published_file(url: str) -> Path:
     return path
 
 
-def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read(path: str | Path, part: str = "tokenizer") -> tuple[dict[str, Tensor], dict[str, str]]:
     """State dict and metadata of a .safetensors, .pt, .pth, .bin or .ckpt file, on the CPU.
 
-    Nested layouts are unwrapped (an EMA copy wins) and the prefixes of wrappers are taken off. torch files are read
-    with weights_only=True, so that nothing in them is executed. Raises ZooError when there are no weights in it.
+    Nested layouts are unwrapped (an EMA copy wins) and the prefixes of wrappers are taken off; of a checkpoint of a
+    training of the zoo only that part is read. torch files are read with weights_only=True, so that nothing in them is
+    executed. Raises ZooError when there are no weights in it.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -65,10 +66,10 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ZooError(f"{path} is not a complete torch file ({error}); copy it again.") from error
-    return unwrap(content, path), {}
+    return unwrap(content, path, part), {}
 
 
-def unwrap(content, path: str | Path = "the file") -> dict[str, Tensor]:
+def unwrap(content, path: str | Path = "the file", part: str = "tokenizer") -> dict[str, Tensor]:
     """The tensors by name in a checkpoint of any usual layout."""
     of_training = isinstance(content, Mapping) and "pytorch-lightning_version" in content
     while isinstance(content, Mapping):
@@ -78,7 +79,7 @@ def unwrap(content, path: str | Path = "the file") -> dict[str, Tensor]:
         content = content[nest]
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     if of_training:  # beside the tokenizer there may be discriminators and running statistics
-        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("tokenizer.")} or tensors
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")} or tensors
     if not tensors:
         raise ZooError(f"{path} holds no tensors by name; expected a state dict, alone or under one of {list(NESTS)}.")
     while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in tensors)), None):

@@ -96,6 +96,34 @@ def test_images_are_resized_as_asked():
         Decoder(image_size=16, interpolation="bilinaer")
 
 
+def bilinear(pixels, size):
+    """Without antialiasing, in float."""
+    values = torch.from_numpy(pixels.astype(np.float32)).movedim(-1, 0)[None]
+    return torch.nn.functional.interpolate(values, size, mode="bilinear")[0].numpy()
+
+
+def test_resizing_as_opencv_is_bilinear_to_a_level():
+    pixels = np.random.RandomState(0).randint(0, 256, (20, 30, 3)).astype(np.uint8)
+    for size in (16, 45):
+        found = decode({"png": encode(Image.fromarray(pixels))}, image_size=size, crop="squash", interpolation="opencv")
+        assert np.abs(255 * found.numpy() - bilinear(pixels, (size, size))).max() <= 1
+    grey = (pixels[..., 0].astype(np.uint16) * 257).astype(np.uint16)
+    found = decode({"png": encode(Image.fromarray(grey))}, image_size=16, crop="squash", interpolation="opencv")
+    np.testing.assert_allclose(255 * found, bilinear(pixels[..., :1], (16, 16)).repeat(3, 0), atol=1e-3)
+
+
+def test_the_centre_crop_of_opencv_rounds_the_longer_side_to_the_nearest():
+    pixels = np.zeros((9, 16, 3), np.uint8)
+    pixels[:, 8:] = 255  # 14.2 pixels wide at a height of 8: 14, and 3 of them are cut off at the left
+    found = decode({"png": encode(Image.fromarray(pixels))}, image_size=8, interpolation="opencv")
+    assert found[0, 4].tolist() == [0] * 4 + [1] * 4
+    crops = [
+        decode({"png": encode(Image.fromarray(ramp((9, 16, 3))))}, image_size=8, crop="random", interpolation="opencv",
+               rng=random.Random(seed)) for seed in range(9)
+    ]  # fmt: skip
+    assert len({crop.sum().item() for crop in crops}) > 2
+
+
 @pytest.mark.parametrize("crop", ["random", "resized"])
 def test_a_random_crop_is_a_function_of_its_seed(crop):
     data = {"png": encode(Image.fromarray(ramp((40, 60, 3))))}

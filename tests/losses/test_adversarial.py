@@ -3,11 +3,13 @@ import torch
 
 from zoo.errors import ZooError
 from zoo.losses.adversarial import (
+    LeCam,
     PatchDiscriminator,
     ResidualPatchDiscriminator,
     adaptive_weight,
     generator_loss,
     hinge_loss,
+    non_saturating_loss,
 )
 
 
@@ -69,3 +71,25 @@ def test_widths_of_a_residual_discriminator_end_at_eight_times_the_first():
     discriminator = ResidualPatchDiscriminator(width=32, num_layers=4)
     assert discriminator(torch.rand(1, 3, 64, 64)).shape == (1, 1, 4, 4)
     assert not hasattr(discriminator.main[5], "nin_shortcut")
+
+
+def test_the_non_saturating_loss_is_of_mean_logits():
+    logits = torch.tensor([[1.0, 3.0], [-1.0, -3.0]]).view(2, 1, 1, 2)
+    expected = (torch.tensor([-2.0, 2.0]).exp() + 1).log().mean()
+    torch.testing.assert_close(non_saturating_loss(logits), expected)
+
+
+def test_a_constant_weight_needs_no_gradients_of_the_last_layer():
+    pixels, logits = torch.tensor(0.5, requires_grad=True), torch.zeros(2, 1, 3, 3)
+    loss, logs = generator_loss(pixels, None, logits, None, 0.1, 1.0, "non_saturating", adaptive=False)
+    torch.testing.assert_close(loss.detach(), 0.5 + 0.1 * torch.tensor(2.0).log())
+    assert logs["adversarial_weight"] == pytest.approx(0.1)
+
+
+def test_lecam_moves_its_means_first_and_only_in_training():
+    lecam, real, fake = LeCam(decay=0.5), torch.tensor([1.0, 3.0]), torch.tensor([-1.0, -1.0])
+    loss = lecam(real, fake)  # means become 1 and -0.5
+    assert (lecam.real, lecam.fake) == (1, -0.5)
+    assert loss == (1.5**2 + 3.5**2) / 2 + 2**2
+    assert lecam.eval()(fake, real) == 0
+    assert lecam.real == 1

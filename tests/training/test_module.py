@@ -237,6 +237,27 @@ def test_schedules_follow_their_formulas():
         assert schedules.stepped_in_epoch(step, -1, 1200) == pytest.approx(0.98**decays)
 
 
+def test_floors_annealing_and_milestones_follow_their_formulas():
+    floored = partial(schedules.floored_cosine, total=110, epoch=-1, warmup_steps=10, min_ratio=0.4)
+    assert [floored(step) for step in (5, 10, 60, 90, 110, 200)] == pytest.approx([0.5, 1, 0.5, 0.4, 0.4, 0.4])
+    annealed = partial(schedules.annealed, total=111, epoch=-1, warmup_steps=10, first_ratio=0.2, last_ratio=0.1)
+    linear = [annealed(step) for step in (0, 5, 10, 14, 62, 110)]
+    assert linear == pytest.approx([0.2, 0.6, 1, 1, 0.1 + 0.9 * 0.48 / 0.95, 0.1])
+    assert annealed(111) < 0.1
+    assert [annealed(step, shape="cosine") for step in (10, 60, 110)] == pytest.approx([1, 0.55, 0.1])
+    dropped = [schedules.milestones(step, -1, 10, epochs=[2, 4]) for step in (0, 19, 20, 40)]
+    assert dropped == pytest.approx([1, 1, 0.1, 0.01])
+    assert schedules.milestones(10**6, -1, -1) == 1
+    with pytest.raises(ZooError, match="max_steps"):
+        floored(0, total=-1)
+    with pytest.raises(ZooError, match="max_steps"):
+        annealed(0, total=-1)
+    with pytest.raises(ZooError, match="'cosine' or 'linear', got 'square'"):
+        annealed(0, shape="square")
+    with pytest.raises(ZooError, match="length of an epoch"):
+        schedules.milestones(0, -1, -1, epochs=[2])
+
+
 @pytest.mark.parametrize(("epoch", "epochs"), [(8, 3), (7, 3), (39, 2), (1, 4)])
 def test_a_late_cosine_is_one_scheduler_of_torch_after_another(epoch, epochs):
     rate, least, warmup = 7.2e-5, 4e-5, 0.5 * epoch

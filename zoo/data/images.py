@@ -5,7 +5,7 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -14,7 +14,7 @@ from zoo.data.sources import IMAGE_SUFFIXES, BadSample
 from zoo.errors import ZooError, nearest
 
 CROPS = ("center", "random", "resized", "squash")
-INTERPOLATIONS = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR}
+INTERPOLATIONS = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR, "opencv": "opencv"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Decoder:
     crop: "center" and "random" scale the shorter side to image_size and cut a square out there; "resized" cuts out a
         `random_box`, its area a share from `crop_scale`, and scales that; "squash" cuts nothing and scales each side
         by itself.
-    interpolation: of images, "bicubic" or "bilinear", both with antialiasing.
+    interpolation: of images, "bicubic" or "bilinear", both with antialiasing, or "opencv": see resize_as_opencv.
     """
 
     fields: Sequence[str] = ("image",)
@@ -172,20 +172,51 @@ def random_box(width: int, height: int, scale: Sequence[float], rng: random.Rand
 
 
 def fit(image: Image.Image, size: int, crop="center", scale=(1, 1), rng=None, resample=Image.BICUBIC) -> Image.Image:
-    """A square of that side, see Decoder. "center" is torchvision's Resize and CenterCrop, pixel by pixel."""
+    """A square of that side, see Decoder. "center" is torchvision's Resize and CenterCrop, pixel by pixel, and with
+    "opencv" albumentations' SmallestMaxSize and CenterCrop: they round the longer side and the offset differently.
+    """
+    opencv = resample == "opencv"
+    resize = resize_as_opencv if opencv else partial(Image.Image.resize, resample=resample)
     if crop == "squash":
-        return image if image.size == (size, size) else image.resize((size, size), resample)
+        return image if image.size == (size, size) else resize(image, (size, size))
     if crop == "resized":
-        return image.crop(random_box(*image.size, scale, rng)).resize((size, size), resample)
-    width, height = image.size
-    short = min(width, height)
+        return resize(image.crop(random_box(*image.size, scale, rng)), (size, size))
+    short = min(image.size)
     if short != size:
-        image = image.resize((size * width // short, size * height // short), resample)
+        width, height = (round(size * side / short) if opencv else size * side // short for side in image.size)
+        image = resize(image, (width, height))
     width, height = image.size
-    left, top = round((width - size) / 2), round((height - size) / 2)
     if crop == "random":
         left, top = rng.randint(0, width - size), rng.randint(0, height - size)
+    else:
+        left, top = ((side - size) // 2 if opencv else round((side - size) / 2) for side in image.size)
     return image if width == height else image.crop((left, top, left + size, top + size))
+
+
+def resize_as_opencv(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """To (width, height) by the two nearest pixels of each axis, without antialiasing, as OpenCV does it in 8 bits:
+    weights are multiples of 1/2048, and so on to the last bit. IBQ was trained and evaluated on such images.
+    """
+    pixels = np.asarray(image)
+    (left, right, right_share), (top, bottom, bottom_share) = (
+        _neighbours(new, old) for new, old in zip(size, image.size, strict=True)
+    )
+    if pixels.dtype != np.uint8:  # 16-bit grey
+        across, down = (share.astype(np.float32) / 2048 for share in (right_share, bottom_share[:, None]))
+        rows = pixels[top] + (pixels[bottom] - pixels[top]) * down
+        return Image.fromarray(rows[:, left] + (rows[:, right] - rows[:, left]) * across)
+    pixels, across, down = pixels.astype(np.int32), right_share[:, None], bottom_share[:, None, None]
+    rows = (pixels[:, left] * (2048 - across) + pixels[:, right] * across) >> 4
+    mixed = (((2048 - down) * rows[top]) >> 16) + ((down * rows[bottom]) >> 16)
+    return Image.fromarray(((mixed + 2) >> 2).astype(np.uint8))
+
+
+def _neighbours(new: int, old: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each of the new pixels of an axis the two old ones around it, and 2048 times the share of the second."""
+    place = ((np.arange(new) + 0.5) * (old / new) - 0.5).astype(np.float32)
+    first = np.floor(place).astype(np.int64)
+    share = np.rint((place - first) * 2048).astype(np.int32)  # kept beyond the edge, where both are the last pixel
+    return first.clip(0, old - 1), (first + 1).clip(0, old - 1), share
 
 
 def collate(samples: Iterable[dict], size: int, buffers: dict[str, np.ndarray]) -> dict:

@@ -102,6 +102,19 @@ def adaptive_weight(
     return (of_reconstruction / (of_adversarial + 1e-4)).clamp(low, high).detach()
 
 
+def linear_loss(logits_fake: Tensor) -> Tensor:
+    """-mean(logits), what a generator does against the hinge loss."""
+    return -logits_fake.mean()
+
+
+def non_saturating_loss(logits_fake: Tensor) -> Tensor:
+    """mean of softplus(-m), m the mean logit of an image (IBQ); logits (B, ...)."""
+    return F.softplus(-logits_fake.flatten(1).mean(1)).mean()
+
+
+GENERATOR = {"linear": linear_loss, "non_saturating": non_saturating_loss}
+
+
 def generator_loss(
     pixels: Tensor,
     perceptual: Tensor | None,
@@ -109,18 +122,21 @@ def generator_loss(
     last_layer: Tensor,
     weight: float,
     factor: float,
+    adversarial: str = "linear",
+    adaptive: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """pixels + LPIPS + factor * w * adversarial, with w = weight * adaptive_weight and adversarial = -mean(logits).
+    """pixels + LPIPS + factor * w * adversarial, with w = weight * adaptive_weight, or the weight itself.
 
     pixels: loss of the reconstruction, scalar; perceptual: LPIPS of each image (B, 1, 1, 1), None: left out;
-    logits_fake: of the discriminator on the reconstructions; factor: 0 before the discriminator counts, else 1.
+    logits_fake: of the discriminator on the reconstructions; factor: 0 before the discriminator counts, else 1;
+    adversarial: a name of GENERATOR.
     """
     lpips = pixels.new_zeros(()) if perceptual is None else perceptual.mean()
     nll = pixels + lpips
-    adversarial = -logits_fake.mean()
-    weight = weight * adaptive_weight(nll, adversarial, last_layer)
-    loss = nll + factor * weight * adversarial
-    logs = {"nll": nll, "pixels": pixels, "lpips": lpips, "adversarial": adversarial, "adversarial_weight": weight}
+    term = GENERATOR[adversarial](logits_fake)
+    weight = weight * (adaptive_weight(nll, term, last_layer) if adaptive else torch.ones_like(pixels))
+    loss = nll + factor * weight * term
+    logs = {"nll": nll, "pixels": pixels, "lpips": lpips, "adversarial": term, "adversarial_weight": weight}
     return loss, {name: value.detach() for name, value in logs.items()}
 
 
@@ -131,3 +147,26 @@ def discriminator_loss(
     loss = factor * hinge_loss(logits_real, logits_fake, slope)
     logs = {"discriminator": loss, "logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
     return loss, {name: value.detach() for name, value in logs.items()}
+
+
+class LeCam(nn.Module):
+    """Regulariser of a discriminator (arXiv 2104.03310): mean relu(real - f)^2 + mean relu(r - fake)^2 of its logits,
+    with r and f the running means of real and fake ones.
+
+    In training mode they move first: r <- decay * r + (1 - decay) * mean(real), over all ranks, from 0. They are
+    buffers, so a run that is resumed goes on with them (IBQ's were not saved and began at 0 again).
+    """
+
+    def __init__(self, decay: float = 0.999):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("real", torch.zeros(()))
+        self.register_buffer("fake", torch.zeros(()))
+
+    def forward(self, logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+        if self.training:
+            means = sum_over_ranks(logits_real.mean().float(), logits_fake.mean().float())
+            for running, mean in zip((self.real, self.fake), means, strict=True):
+                running.lerp_(mean.detach() / world_size(), 1 - self.decay)
+        of_real, of_fake = F.relu(logits_real - self.fake), F.relu(self.real - logits_fake)
+        return of_real.square().mean() + of_fake.square().mean()

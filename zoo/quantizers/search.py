@@ -1,4 +1,4 @@
-"""Nearest codes: the one search behind every quantizer of the zoo."""
+"""Nearest codes, and codes of the largest inner product: the one search behind every quantizer of the zoo."""
 
 from __future__ import annotations
 
@@ -30,6 +30,19 @@ def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
     Raises:
         ZooError: the codebook is empty or no matrix, or the widths differ.
     """
+    return _search(vectors, codebook, euclidean=True)
+
+
+@torch.no_grad()
+def largest_product(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the code with the largest inner product; arguments, ties and all else as in nearest_code.
+
+    Long codes win: this is not the nearest code, unless all are of one length.
+    """
+    return _search(vectors, codebook, euclidean=False)
+
+
+def _search(vectors: Tensor, codebook: Tensor, euclidean: bool) -> Tensor:
     if codebook.ndim != 2 or vectors.ndim == 0 or not len(codebook) or vectors.shape[-1] != codebook.shape[1]:
         raise ZooError(
             f"a search takes vectors (..., D) and a codebook (K, D) with K >= 1 of the same width, "
@@ -43,12 +56,14 @@ def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
 
     flat = vectors.reshape(-1, dim)
     ids = torch.empty(len(flat), dtype=torch.int64, device=device)
-    half = torch.linalg.vector_norm(codebook, dim=1, keepdim=True, dtype=torch.float32).square() / 2
-    half.nan_to_num_(nan=math.inf, posinf=math.inf)
+    lengths = torch.linalg.vector_norm(codebook, dim=1, keepdim=True, dtype=torch.float32)
+    longest = lengths.where(lengths.isfinite(), 0).amax()
+    offset = lengths.square() / 2 if euclidean else lengths.where(~lengths.isfinite(), 0)
+    offset.nan_to_num_(nan=math.inf, posinf=math.inf)
     products = torch.empty(chunk, min(rows, len(flat)), device=device)
     minima = torch.empty(len(starts), chunk // group, products.shape[1], device=device)
 
-    with _full_float32(device.type):
+    with full_float32(device.type):
         for block, found in zip(flat.split(rows), ids.split(rows), strict=True):
             z = block.float()
             columns = z.T.contiguous()
@@ -56,13 +71,14 @@ def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
             for start, least in zip(starts, scores, strict=True):
                 codes = codebook[start : start + chunk].float().nan_to_num(0, 0, 0)
                 # |e|^2 / 2 - e.z orders codes as |e - z|^2 does, without the rounding of |z|^2
-                torch.addmm(half[start : start + chunk], codes, columns, alpha=-1, out=out[: len(codes)])
+                torch.addmm(offset[start : start + chunk], codes, columns, alpha=-1, out=out[: len(codes)])
                 out[len(codes) :] = math.inf
                 torch.amin(out.view(len(least), group, len(z)), 1, out=least)
 
             # two chunks, then two of their groups, then the one code
             of_chunks = scores.amin(1)
-            limit = of_chunks.amin(0) + _rounding(z, of_chunks.amin(0))
+            limit = of_chunks.amin(0)
+            limit = limit + (_rounding(z, limit) if euclidean else _rounding_of_products(z, longest))
             chunks = _two_best(of_chunks, limit)
             of_groups = scores.gather(0, chunks[:, None].expand(-1, scores.shape[1], -1))
             of_groups[1].masked_fill_(chunks[0] == chunks[1], math.inf)
@@ -70,7 +86,11 @@ def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
             groups = chunks.gather(0, groups // scores.shape[1]) * scores.shape[1] + groups % scores.shape[1]
             candidates = (groups.T[..., None] * group + torch.arange(group, device=device)).flatten(1)
             candidates.clamp_(max=num_codes - 1)
-            exact = codebook[candidates].double().sub_(z[:, None]).square_().sum(-1)
+            exact = codebook[candidates].double()
+            if euclidean:
+                exact = exact.sub_(z[:, None]).square_().sum(-1)
+            else:
+                exact = offset[candidates, 0] - exact.mul_(z[:, None]).sum(-1)
             exact.nan_to_num_(nan=math.inf, posinf=math.inf)
             best = candidates.gather(1, exact.argmin(1, keepdim=True))[:, 0]
             found.copy_(best.where(z.isfinite().all(1), 0))
@@ -93,6 +113,11 @@ def _rounding(z: Tensor, best: Tensor) -> Tensor:
     return 2 * (z.shape[1] + 8) * 2.0**-24 * (length * reach + reach.square() / 2)
 
 
+def _rounding_of_products(z: Tensor, longest: Tensor) -> Tensor:
+    """The same bound for products with codes up to the longest, (N, D), scalar -> (N,)."""
+    return 2 * (z.shape[1] + 8) * 2.0**-24 * torch.linalg.vector_norm(z, dim=1) * longest
+
+
 def _two_best(scores: Tensor, limit: Tensor) -> Tensor:
     """(C, N), (N,) -> (2, N) in ascending order: the index of the minimum and the first other index within the limit.
 
@@ -104,7 +129,7 @@ def _two_best(scores: Tensor, limit: Tensor) -> Tensor:
 
 
 @contextmanager
-def _full_float32(device: str):
+def full_float32(device: str):
     """Products in float32 proper, without autocast and without TF32."""
     switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before = [switch.fp32_precision for switch in switches]

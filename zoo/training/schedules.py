@@ -1,6 +1,7 @@
 """Learning-rate schedules: (optimizer steps done, steps of the run, steps of an epoch) -> factor of the base rate."""
 
 import math
+from collections.abc import Sequence
 
 from zoo.errors import ZooError
 
@@ -34,6 +35,55 @@ def cosine(
         return (step + warmup_offset) / warmup_steps
     share = min(1.0, (step - warmup_steps) / max(1, total - warmup_steps))
     return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def floored_cosine(step: int, total: int, epoch: int, warmup_steps: int = 0, min_ratio: float = 0.0) -> float:
+    """Linear warm-up from 0, then half a cosine from 1 to 0 at the end that is cut off at min_ratio (IBQ).
+
+    Raises ZooError when the run has no end.
+    """
+    if total < 0:
+        raise ZooError("a floored_cosine schedule needs the length of the run; set trainer.max_steps or max_epochs.")
+    if step < warmup_steps:
+        return step / warmup_steps
+    share = min(1.0, (step - warmup_steps) / max(1, total - warmup_steps))
+    return max(min_ratio, 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def annealed(
+    step: int,
+    total: int,
+    epoch: int,
+    warmup_steps: int = 0,
+    first_ratio: float = 0.005,
+    last_ratio: float = 0.01,
+    shape: str = "linear",
+) -> float:
+    """Linear warm-up from first_ratio, then to last_ratio at the last step (IBQ's pretraining code): "cosine" by half a
+    cosine, "linear" after a twentieth of the way at 1. Past the end they go on, not clamped, as published.
+
+    Raises ZooError when the run has no end, or for another shape.
+    """
+    if total < 0:
+        raise ZooError("an annealed schedule needs the length of the run; set trainer.max_steps or trainer.max_epochs.")
+    if shape not in ("cosine", "linear"):
+        raise ZooError(f"schedule.shape must be 'cosine' or 'linear', got {shape!r}.")
+    if step < warmup_steps:
+        return first_ratio + (1 - first_ratio) * step / warmup_steps
+    share = (step - warmup_steps) / max(1, total - 1 - warmup_steps)
+    if shape == "cosine":
+        return last_ratio + (1 - last_ratio) * 0.5 * (1 + math.cos(math.pi * share))
+    return 1.0 if share < 0.05 else last_ratio + (1 - last_ratio) * (1 - share) / 0.95
+
+
+def milestones(step: int, total: int, epoch: int, epochs: Sequence[int] = (), factor: float = 0.1) -> float:
+    """factor ** n, n the number of those epochs, counted from 1, that are over.
+
+    Raises ZooError when there are some and an epoch has no known length.
+    """
+    if epochs and epoch < 0:
+        raise ZooError("a milestones schedule needs the length of an epoch, which is unknown; set schedule.epochs=[].")
+    return factor ** sum(step >= end * epoch for end in epochs)
 
 
 def late_cosine(

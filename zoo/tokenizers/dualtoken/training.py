@@ -40,6 +40,8 @@ class DualTokenTraining(AutoencoderTraining):
         ZooError: a teacher of other sizes, an unknown term, or more layers than there are.
     """
 
+    Discriminator = ResidualPatchDiscriminator
+
     def __init__(
         self,
         tokenizer: DualTokenTokenizer,
@@ -50,15 +52,9 @@ class DualTokenTraining(AutoencoderTraining):
         train_pixels: bool = True,
         loss: str = "mse",
         adaptive_bounds: tuple[float, float] = (0.3, 10.0),
-        discriminator_width: int = 64,
         **arguments,
     ):
-        lpips = weights.get("lpips", 0.0)
-        super().__init__(
-            tokenizer, loss=loss, perceptual_weight=lpips, discriminator_width=discriminator_width, **arguments
-        )
-        if self.discriminator is not None:
-            self.discriminator = ResidualPatchDiscriminator(width=discriminator_width)
+        super().__init__(tokenizer, loss=loss, perceptual_weight=weights.get("lpips", 0.0), **arguments)
         terms = [f"{of}_{kind}" for of in ("features", "pooled") for kind in ("mse", "cosine")]
         terms += [*(f"quantizer_{name}" for name in tokenizer.info.streams), "pixels", "lpips"]
         self.weights = {name: float(weight) for name, weight in weights.items() if weight}
