@@ -17,7 +17,7 @@ from zoo.lm.text import train_text_tokenizer
 from zoo.tokenizers.ett.report import COLUMNS, found_runs, report, summary
 
 CODES = 48
-SMALL = ["tokenizer.image_size=16", f"tokenizer.codebook_size={CODES}"]
+SMALL = ["tokenizer.image_size=32", f"tokenizer.codebook_size={CODES}"]
 LM = [
     *("module.lm.hidden_size=32", "module.lm.num_hidden_layers=1", "module.lm.intermediate_size=32"),
     *("module.lm.num_attention_heads=2", "module.lm.num_key_value_heads=2", "module.text_tokenizer.vocab_size=300"),
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 def start(folder, train_on):
     """The model of stage 1 on random weights; what it began with is beside it."""
     torch.manual_seed(0)
-    tokenizer = zoo.create_tokenizer("ibq-tiny", image_size=16, codebook_size=CODES)
+    tokenizer = zoo.create_tokenizer("ibq-tiny", image_size=32, codebook_size=CODES)
     registry.save(tokenizer, folder / "start.safetensors")
     weights = f"module.tokenizer_weights={folder}/start.safetensors"
     train_on(1, folder / "1", "ett-tiny-alignment", *SMALL, *LM, weights, *PLAIN_ADAM)
@@ -44,7 +44,7 @@ def start(folder, train_on):
 
 @pytest.fixture(scope="module")
 def batch():
-    return next(iter(Loader(scenes("val"), batch_size=4, image_size=16, fields=["image", "caption"])))
+    return next(iter(Loader(scenes("val"), batch_size=4, image_size=32, fields=["image", "caption"])))
 
 
 def tuning(start, *overrides):
@@ -140,6 +140,7 @@ def test_another_tokenizer_is_tuned_by_configuration(tmp_path, batch, name):
         "vqgan-tiny": [
             "experiment=ett-tiny",
             "module.autoencoder._target_=zoo.tokenizers.vqgan.training.VQGANTraining",
+            *(f"~module.autoencoder.{name}_weight" for name in ("quantizer", "entropy")),
         ],
         "dualtoken-tiny": ["experiment=ett-tiny-dualtoken"],
     }[name]
@@ -210,7 +211,7 @@ def test_a_summary_has_means_and_deviations():
 
 
 def test_runs_are_measured(folder, start, tmp_path, monkeypatch, capsys):
-    read_all = lambda source, fields: next(iter(Loader(source, batch_size=6, image_size=16, fields=fields)))  # noqa: E731
+    read_all = lambda source, fields: next(iter(Loader(source, batch_size=6, image_size=32, fields=fields)))  # noqa: E731
     monkeypatch.setattr("zoo.tokenizers.ett.report.read_all", read_all)
     (tmp_path / "0/frozen").mkdir(parents=True)
     (tmp_path / "0/frozen/model").symlink_to(start)

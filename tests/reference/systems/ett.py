@@ -1,4 +1,4 @@
-"""IBQ, the tokenizer that ETT tunes: outputs of the reference cases by name."""
+"""ETT and IBQ, the tokenizer that it tunes: outputs of the reference cases by name."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from vectors import Vectors
 
+from systems import ett_language
 from zoo import weights
 from zoo.commands import cli
 from zoo.data import images
@@ -35,8 +36,6 @@ Inputs = Callable[[str], Tensor]
 
 
 def run(vectors: Vectors, case: str) -> dict[str, Tensor]:
-    if case not in CASES:
-        raise NotImplementedError(f"case {case}: the language model of ETT")
     about = vectors.cases[case]
     found = CASES[case](vectors, about, partial(vectors.input, case))
     return {name: stored(tensor, str(about["outputs"].get(name, ""))) for name, tensor in found.items()}
@@ -63,7 +62,7 @@ def numbers(pattern: str, about: dict, default: tuple[float, ...] = ()) -> tuple
 
 def published_state(config: dict) -> dict[str, Tensor]:
     if "lossconfig" not in config:
-        raise NotImplementedError("the language model of ETT")
+        return ett_language.published_state(config)
     tokenizer = IBQTokenizer(published.config_from_published(config))
     losses = nn.ModuleDict({"perceptual_loss": PerceptualLoss(), "discriminator": discriminator(config)})
     state = published.to_published(tokenizer.state_dict(), tokenizer.config)
@@ -322,6 +321,18 @@ def prep(vectors: Vectors, about: dict, inputs: Inputs) -> dict[str, Tensor]:
     return found
 
 
+def alignment(vectors: Vectors, about: dict, inputs: Inputs) -> dict[str, Tensor]:
+    return ett_language.alignment(vectors, ibq(vectors, "ett_tokenizer"))
+
+
+def tuning(vectors: Vectors, about: dict, inputs: Inputs) -> dict[str, Tensor]:
+    return ett_language.tuning(vectors, training(vectors, "ett_tokenizer"))
+
+
+def generation(vectors: Vectors, about: dict, inputs: Inputs) -> dict[str, Tensor]:
+    return ett_language.generation(vectors, ibq(vectors, "ett_tokenizer"))
+
+
 CASES = {
     "encode": encode,
     "decode": decode,
@@ -338,4 +349,7 @@ CASES = {
     "train_step": train_step,
     "schedule": schedule,
     "prep": prep,
+    "ett_stage1": alignment,
+    "ett_stage2": tuning,
+    "ett_gen": generation,
 }

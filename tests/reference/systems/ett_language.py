@@ -13,6 +13,7 @@ import zoo
 from zoo.lm import EmbeddingConfig, EmbeddingVision, VisualLM, generate_image
 from zoo.lm.vision import Seen
 from zoo.tokenizer import Tokenizer, Tokens
+from zoo.tokenizers.ibq.training import IBQTraining
 from zoo.vocabulary import Vocabulary
 
 ALPHA = 0.25
@@ -75,6 +76,28 @@ def alignment(vectors: Vectors, tokenizer: Tokenizer) -> dict[str, Tensor]:
     found = {"ids": tokenizer.encode(images).ids["image"].flatten(), "image_embeddings": seen.inputs}
     found |= {"text_logits": logits, "L_cap": loss}
     return found | grads(loss, "grad", parameters_of(model, *names))
+
+
+def tuning(vectors: Vectors, autoencoder: IBQTraining) -> dict[str, Tensor]:
+    """Stage 2: everything learns."""
+    values, text = vectors.input("ett_stage2", "image"), vectors.input("ett_stage2", "text")
+    model = model_of(vectors, autoencoder.tokenizer)
+    tokenizer = autoencoder.tokenizer.train().requires_grad_(True)
+    made = autoencoder.regularized(values)
+    caption = caption_errors(model, text, model.vision.seen(made.codes)).mean()
+    own, logs = autoencoder.autoencoder_loss(values, made)
+    found = {"ids": tokenizer.encode((values + 1) / 2).ids["image"].flatten(), "L_cap": caption, "total_G": own}
+    found |= {"total": caption + ALPHA * own, "log.nll_loss": logs["nll"], "log.codebook_quant_loss": logs["quantizer"]}
+    found |= {"log.codebook_entropy_loss": logs["entropy"], "log.unsacled_g_loss": logs["adversarial"]}
+    theirs = {"quantize.embedding.weight": tokenizer.quantizer.codebook}
+    theirs |= {f"{n}.weight": tokenizer.get_submodule(n).weight for n in ("encoder.conv_in", "quant_conv")}
+    found |= grads(caption, "cap_grad", theirs)
+    theirs["decoder.conv_out.weight"] = tokenizer.decoder.conv_out.weight
+    names = ("layers.0.self_attn.q_proj", "norm", "embed_tokens")
+    theirs |= parameters_of(
+        model, "projector.0.weight", "projector.2.weight", *(f"llm.model.{n}.weight" for n in names)
+    )
+    return found | grads(found["total"], "grad", theirs)
 
 
 def generation(vectors: Vectors, tokenizer: Tokenizer) -> dict[str, Tensor]:
