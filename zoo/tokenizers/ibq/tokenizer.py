@@ -65,6 +65,7 @@ class IBQTokenizer(Tokenizer):
             kind="discrete",
             streams=("image",),
             codebook_sizes={"image": c.codebook_size},
+            embedding_dim=c.embed_dim,
             max_tokens=(c.image_size // c.downsample) ** 2,
         )
 
@@ -85,9 +86,11 @@ class IBQTokenizer(Tokenizer):
         latents = self.latents(self.config.to_values(images))
         return Tokens(ids={"image": self.quantizer.encode(to_tokens(latents))}, grid=tuple(latents.shape[2:]))
 
+    def _embed(self, tokens: Tokens) -> Tensor:
+        return self.quantizer.codes(tokens.ids["image"])
+
     def _decode(self, tokens: Tokens) -> Tensor:
-        codes = self.quantizer.codes(tokens.ids["image"])
-        return self.config.to_images(self.decode_codes(to_map(codes, tokens.grid)))
+        return self.config.to_images(self.decode_codes(to_map(self._embed(tokens), tokens.grid)))
 
 
 def published(codes: int, weights: Weights | None, what: str = "", **sizes) -> Preset:
