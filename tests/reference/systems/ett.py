@@ -106,11 +106,10 @@ def training(vectors: Vectors, module: str, step: int = 0) -> IBQTraining:
     config, state = vectors.modules[module]["config"], vectors.state(module)
     sizes = config["lossconfig"]["params"]
     constant = sizes["gen_loss_weight"]
+    of_codes = ("quant_loss_weight",) if config["use_entropy_loss"] else ("codebook_weight", 1.0)
     made = IBQTraining(
         ibq(vectors, module),
-        quantizer_weight=sizes["quant_loss_weight"]
-        if config["use_entropy_loss"]
-        else sizes.get("codebook_weight", 1.0),
+        quantizer_weight=sizes.get(*of_codes),
         entropy_weight=sizes["entropy_loss_weight"],
         adversarial_weight=sizes["disc_weight"] if constant is None else constant,
         adaptive=constant is None,
