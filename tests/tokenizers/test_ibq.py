@@ -78,6 +78,7 @@ def test_the_forward_decodes_what_the_ids_stand_for(tokenizer):
     assert torch.equal(quantized.ids.flatten(1), tokens.ids["image"])
     decoded = tokenizer.decode(Tokens({"image": quantized.ids.flatten(1)}, grid=(8, 8)))
     torch.testing.assert_close(tokenizer.config.to_images(reconstruction).clamp(0, 1), decoded)
+    assert torch.equal(tokenizer.embed(tokens), quantized.quantized.flatten(1, 2))
 
 
 def test_a_loss_on_the_codes_alone_reaches_every_code_and_the_first_layer():

@@ -80,7 +80,7 @@ def discriminator(config: dict) -> PatchDiscriminator:
 def ibq(vectors: Vectors, module: str) -> IBQTokenizer:
     about, state = vectors.modules[module], vectors.state(module)
     tokenizer = IBQTokenizer(published.config_from_published(about["config"]))
-    if "model_ema.*" in about["set_after_fill"]:
+    if "model_ema.*" in about.get("set_after_fill", {}):
         own = [name for name in state if not name.startswith("loss.")]
         state |= {average: state[name] for name, average in published.averaged_names(own).items()}
     with warnings.catch_warnings(action="ignore"):  # of files without averages
@@ -105,15 +105,16 @@ def training(vectors: Vectors, module: str, step: int = 0) -> IBQTraining:
     config, state = vectors.modules[module]["config"], vectors.state(module)
     sizes = config["lossconfig"]["params"]
     constant = sizes["gen_loss_weight"]
+    of_codes = ("quant_loss_weight",) if config["use_entropy_loss"] else ("codebook_weight", 1.0)
     made = IBQTraining(
         ibq(vectors, module),
-        quantizer_weight=sizes["quant_loss_weight"] if config["use_entropy_loss"] else sizes["codebook_weight"],
+        quantizer_weight=sizes.get(*of_codes),
         entropy_weight=sizes["entropy_loss_weight"],
         adversarial_weight=sizes["disc_weight"] if constant is None else constant,
         adaptive=constant is None,
         adversarial="non_saturating",
         adversarial_start=sizes["disc_start"],
-        lecam_weight=sizes["lecam_loss_weight"],
+        lecam_weight=sizes["lecam_loss_weight"] or 0.0,
         optimizers={},
     )
     made.discriminator = discriminator(config)
