@@ -72,9 +72,11 @@ class ETTTraining(VisualLMTraining):
     def losses(self, batch: dict) -> Losses:
         values = self.autoencoder.values(batch[self.tokenizer.info.input])
         made = self.autoencoder.regularized(values)
-        for name, loss, logs in self.autoencoder.steps(values, made) if self.alpha else [("tokenizer", 0.0, {})]:
+        steps = self.autoencoder.steps(values, made) if self.alpha else [("tokenizer", values.new_zeros(()), {})]
+        for name, loss, logs in steps:
             if name == "tokenizer":
                 caption, found = self.caption_loss(batch, made.codes)
+                found["loss"] = found["loss"] + self.alpha * loss.detach()
                 logs = {f"tokenizer/{key}": value for key, value in logs.items()} | found
                 name, loss = "model", caption + self.alpha * loss
             yield name, loss, logs
