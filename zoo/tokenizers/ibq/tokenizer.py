@@ -104,6 +104,18 @@ def hub(name: str, file: str) -> Weights:
     return Weights(f"hf://TencentARC/IBQ-Tokenizer-{name}/{file}.ckpt")
 
 
+TINY = IBQConfig(
+    image_size=64,
+    channels=16,
+    multipliers=(1, 1, 4, 4),
+    num_blocks=1,
+    z_channels=64,
+    embed_dim=32,
+    attention=(8,),
+    norm_groups=8,
+    codebook_size=1024,
+)
+
 PRESETS = {
     f"ibq-{codes}": published(codes, hub(f"{codes}", f"imagenet256_{codes}")) for codes in (1024, 8192, 16384, 262144)
 }
@@ -117,18 +129,14 @@ PRESETS |= {
     "ett-131072": published(131072, None, ", the tokenizer that ETT tunes", image_size=512, attention=(32,)),
     "ibq-tiny": Preset(
         IBQTokenizer,
-        IBQConfig(
-            image_size=64,
-            channels=16,
-            multipliers=(1, 1, 4, 4),
-            num_blocks=1,
-            z_channels=64,
-            embed_dim=32,
-            attention=(8,),
-            norm_groups=8,
-            codebook_size=1024,
-        ),
+        TINY,
         "small IBQ trained on the embedded scenes: 64 x 64 images, 64 tokens of 1024 codes",
         Weights("ibq-tiny.safetensors"),
+    ),
+    "ett-tiny": Preset(
+        IBQTokenizer,
+        TINY,
+        "ibq-tiny tuned by the captions of the embedded scenes: 64 x 64 images, 64 tokens of 1024 codes",
+        Weights("ett-tiny.safetensors"),
     ),
 }
