@@ -10,6 +10,7 @@ Ming-UniVision, arXiv 2510.06590).
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +62,8 @@ class VisualLM(nn.Module):
         added = sum(len(stream.words()) for stream in vision.streams)
         self.vocabulary = Vocabulary(len(words) - added, vision.streams)
         self._check()
+        # by its name in the transformers at hand, older ones say past_key_values
+        self._cache = "cache" if "cache" in inspect.signature(lm.forward).parameters else "past_key_values"
 
     def _check(self) -> None:
         added = self.vocabulary.words
@@ -175,10 +178,10 @@ class VisualLM(nn.Module):
             inputs_embeds=inputs,
             attention_mask=live.long(),
             position_ids=positions,
-            past_key_values=cache,
             use_cache=cache is not None,
             logits_to_keep=keep,
             output_hidden_states=True,
+            **{} if cache is None else {self._cache: cache},
         )
 
     def forward(
