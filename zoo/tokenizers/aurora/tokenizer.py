@@ -203,9 +203,6 @@ class AuroraTokenizer(Tokenizer):
         ids = self.quantizer.encode(self.encoder(self.scale(self.to_values(images))).movedim(1, -1))
         return Tokens(ids={self.config.stream: ids.flatten(1)}, grid=tuple(ids.shape[1:]))
 
-    def _embed(self, tokens: Tokens) -> Tensor:
-        return self.quantizer.codes(tokens.ids[self.config.stream])
-
     def _decode(self, tokens: Tokens) -> Tensor:
         ids = tokens.ids[self.config.stream]
         values = self.decode_ids(ids.unflatten(1, raster(ids.shape[1], tokens.grid)))

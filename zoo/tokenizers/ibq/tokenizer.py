@@ -86,9 +86,6 @@ class IBQTokenizer(Tokenizer):
         latents = self.latents(self.config.to_values(images))
         return Tokens(ids={"image": self.quantizer.encode(to_tokens(latents))}, grid=tuple(latents.shape[2:]))
 
-    def _embed(self, tokens: Tokens) -> Tensor:
-        return self.quantizer.codes(tokens.ids["image"])
-
     def _decode(self, tokens: Tokens) -> Tensor:
         return self.config.to_images(self.decode_codes(to_map(self._embed(tokens), tokens.grid)))
 

@@ -332,9 +332,6 @@ class KarlTokenizer(Tokenizer):
                 return best
             tokens = self._tokens(grid[pending], bins[pending], length)
 
-    def _embed(self, tokens: Tokens) -> Tensor:
-        return self.quantizer.codes(tokens.ids["image"])
-
     def _decode(self, tokens: Tokens, grid: Sequence[int] | None = None) -> Tensor:
         """grid: rows and columns of the base's grid, for images that are no squares of the size it was made for.
 

@@ -308,9 +308,6 @@ class SeedTokenizer(Tokenizer):
         queries = self.query(self.to_values(images))
         return Tokens({"image": self.quantizer.encode(self.encode_task(queries))})
 
-    def _embed(self, tokens: Tokens) -> Tensor:
-        return self.quantizer.codes(tokens.ids["image"])
-
     def _decode(self, tokens: Tokens, negative: Tokens | None = None, **settings) -> Tensor:
         """Images (B, 3, H, W) of the decoder, or without one embeddings (B, E) or (B, T, E).
 

@@ -72,9 +72,6 @@ class VQGANTokenizer(Tokenizer):
         features = self.encoder(self.config.to_values(images))
         return Tokens(ids={"image": self.quantizer.encode(to_tokens(features))}, grid=tuple(features.shape[2:]))
 
-    def _embed(self, tokens: Tokens) -> Tensor:
-        return self.quantizer.codes(tokens.ids["image"])
-
     def _decode(self, tokens: Tokens) -> Tensor:
         return self.config.to_images(self.decoder(to_map(self._embed(tokens), tokens.grid)))
 
