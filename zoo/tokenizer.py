@@ -283,8 +283,8 @@ class ImageReader(nn.Module):
 
 
 class Tokenizer(ImageReader):
-    """Base of all tokenizers. A system sets `info` and writes `_encode`, `_decode` and, if it has them, `_features`, and
-    `_encode_image` and `_encode_text`, which give embeddings before they are normalised.
+    """Base of all tokenizers. A system sets `info` and writes `_encode`, `_decode` and, if it has them, `_features`,
+    and `_encode_image` and `_encode_text`, which give embeddings before they are normalised.
 
     `encode`, `decode`, `reconstruct`, `embed`, `features` and what has to do with texts are the public, checked and
     gradient-free side; training goes through the system's own forward.
