@@ -6,7 +6,8 @@ FOLDER holds runs as SEED/VARIANT/model, folders of VisualLM.save: "ids" (frozen
 "frozen" (frozen tokenizer, codebook embeddings) and "alpha-0", "alpha-0.25", ... (tuned with that weight of the
 tokenizer's own loss). Of each, on the 512 validation scenes: the loss of a word of a caption, how right greedy captions
 are (see zoo.lm.report), PSNR of what the tokenizer makes of the pictures, and its use of codes. Means over seeds, and
-the standard deviation between them. Writes report.json, comparison.png and pictures.png.
+the standard deviation between them. Writes report.json, comparison.png and pictures.png, and beside each model what was
+measured, which a later report takes from there.
 """
 
 from __future__ import annotations
@@ -41,6 +42,16 @@ COLUMNS = {
     "perplexity": "perplexity",
 }
 PICTURED = 8
+
+
+def measured(path: Path, val: dict, device: str = "cpu") -> dict[str, float]:
+    """The columns for the model in a folder, which are kept beside it."""
+    file = path.with_name("measured.json")
+    if not file.is_file():
+        model = VisualLM.load(path, device)
+        found = measure(model, resized(val["image"], model.vision.tokenizer.info.image_size), val)
+        file.write_text(json.dumps(found, indent=2) + "\n")
+    return json.loads(file.read_text())
 
 
 @torch.no_grad()
@@ -112,9 +123,9 @@ def report(folder: Path, output: Path, device: str = "cpu") -> dict:
     models, runs, rows = found_runs(folder), {}, [val["image"][:PICTURED]]
     for variant, paths in track(models.items(), "variants", transient=True):
         for path in paths:
-            model = VisualLM.load(path, device)
-            images = resized(val["image"], model.vision.tokenizer.info.image_size)
-            runs.setdefault(variant, []).append(measure(model, images, val))
+            runs.setdefault(variant, []).append(measured(path, val, device))
+        model = VisualLM.load(paths[0], device)
+        images = resized(val["image"], model.vision.tokenizer.info.image_size)
         rows.append(resized(model.vision.reconstruct(images[:PICTURED]).cpu(), val["image"].shape[-1]))
     output.mkdir(parents=True, exist_ok=True)
     found = {"scenes": len(val["image"]), "runs": runs, "summary": summary(runs)}
