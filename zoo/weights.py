@@ -15,6 +15,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
+from zoo.files import writing
 from zoo.tokenizer import Weights
 
 NESTS = ("ema", "model_ema", "ema_state_dict", "state_dict", "model", "module", "weights", "params")
@@ -136,14 +137,10 @@ def locate(weights: str | Path | Weights, name: str = "this tokenizer") -> Path:
 
 
 def save(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping | None = None) -> None:
-    """Write a safetensors file: to a temporary name first, so that a file that is there is a whole one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    """Write a safetensors file as `zoo.files.writing` does: one that is there is a whole one."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    # not save_file, which gives the file to its owner alone
-    part.write_bytes(serialize(tensors, {"format": "pt"} | ({"zoo": json.dumps(metadata)} if metadata else {})))
-    part.replace(path)
+    with writing(path) as file:  # not save_file, which gives the file to its owner alone
+        file.write(serialize(tensors, {"format": "pt"} | ({"zoo": json.dumps(metadata)} if metadata else {})))
 
 
 def sha256_of(path: Path) -> str:

@@ -130,8 +130,8 @@ class Loader(DataLoader):
                 raise ZooError(batch["__error__"])
             now, count = batch.pop("__bad__"), len(batch.get("key", ()))
             bad, seen = bad + now, seen + (count if self.training else count + len(now))
-            self.position += 1
-            if steps and self.position % steps == 0:  # before the last batch is given out: Lightning asks for no other
+            if steps and (self.position + 1) % steps == 0:
+                # before the last batch is given out: Lightning asks for no other
                 self._judge(seen, bad, final=True)
                 bad, seen = [], 0
             elif seen >= JUDGED_FROM:
@@ -141,6 +141,7 @@ class Loader(DataLoader):
                 if isinstance(pixels, np.ndarray):
                     batch[name] = self._room(pixels.shape)[:count]
                     to_float(pixels[:count], out=batch[name].numpy())
+            self.position += 1  # a run that ends before goes on with this batch
             if batch:
                 yield batch
         if steps is None:
