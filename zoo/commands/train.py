@@ -11,6 +11,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
@@ -71,6 +72,10 @@ def train(cfg: DictConfig) -> L.Trainer:
     except SIGTERMException:  # whose exit code would say that all went well
         print(f"ended by SIGTERM after {trainer.global_step} steps; resume=true goes on", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
+    if resume_from and trainer.global_step == step:  # killed behind its last step: Lightning then ends nothing
+        for callback in callbacks:
+            if isinstance(callback, WeightAveraging):
+                callback.on_train_end(trainer, module)
     if trainer.is_global_zero:
         path = module.save(output)
         print(f"trained {trainer.global_step} steps; {path.stem}, metrics and pictures are in {output}")
