@@ -74,7 +74,8 @@ def write_shard(path: Path, loader: Loader, tokenizer: Tokenizer, cfg: DictConfi
             views = [images, images.flip(-1)] if cfg.flip else [images]
             found = [arrays(tokenizer, view, np.dtype(cfg.array_dtype)) for view in views]
             for i, key in enumerate(batch.pop("key")):
-                key = key.replace(".", "_")  # the first dot of a member's name ends the key
+                # the first dot of a member's name ends the key; and no name leads out of a folder
+                key = key.replace(".", "_").lstrip("/")
                 for name in found[0]:
                     add(tar, f"{key}.{name}.npy", encoded(np.stack([view[name][i] for view in found])))
                 add(tar, f"{key}.json", json.dumps({name: plain(values[i]) for name, values in batch.items()}).encode())
