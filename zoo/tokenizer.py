@@ -167,8 +167,9 @@ class Tokens:
 class Weights:
     """Where the pretrained weights of a preset are.
 
-    location: a file in checkpoints/, or "hf://owner/name/file"; None when no program can fetch them, and then
-    `manual` says which file a person has to get, and where.
+    location: a file in checkpoints/, or "hf://owner/name/file", of a certain commit "hf://owner/name@commit/file"; None
+    when no program can fetch them, and then `manual` says which file a person has to get, and where.
+    sha256: of the file, in hexadecimal, checked before it is read.
     """
 
     location: str | None = None

@@ -268,8 +268,9 @@ class Reader:
         self.timeout, self.ended, self.waiting = timeout, False, select.poll()
         self.group = url.startswith("pipe:")
         if self.group:  # as webdataset does it, but all that the command starts can be killed
-            command = url.removeprefix("pipe:")
-            self.process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)
+            command, options = url.removeprefix("pipe:"), {"stdout": subprocess.PIPE, "start_new_session": True}
+            # by its nature a command of the shell, from whoever configures the run
+            self.process = subprocess.Popen(command, shell=True, **options)  # noqa: S602
             self.file = self.process.stdout
         else:
             self.file = gopen(url)
