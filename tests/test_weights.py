@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from zoo import Weights, ZooError, weights
+from zoo import Weights, ZooError, hub, weights
 
 
 class Evil:
@@ -94,6 +94,8 @@ def test_a_registered_hash_is_checked(tmp_path):
     location = str(tmp_path / "file.safetensors")
     with pytest.raises(ZooError, match="SHA-256"):
         weights.locate(Weights(location, sha256="0" * 64))
+    with pytest.raises(ZooError, match="does not exist"):
+        weights.read(weights.locate(Weights("nowhere.safetensors", sha256="0" * 64)))
     import hashlib
 
     right = hashlib.sha256((tmp_path / "file.safetensors").read_bytes()).hexdigest()
@@ -106,19 +108,58 @@ def test_a_hub_file_comes_through_the_hub_library(tmp_path, monkeypatch):
     weights.save(tmp_path / "model.safetensors", {"a": torch.ones(1)})
     asked = []
 
-    def download(repository, file):
-        asked.append((repository, file))
+    def download(repository, file, **settings):
+        asked.append((repository, file, settings))
         return str(tmp_path / file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert weights.locate("hf://owner/name/model.safetensors") == tmp_path / "model.safetensors"
-    assert asked == [("owner/name", "model.safetensors")]
+    assert weights.locate("hf://owner/name@c0ffee/model.safetensors") == tmp_path / "model.safetensors"
+    assert asked == [
+        ("owner/name", "model.safetensors", {}),
+        ("owner/name", "model.safetensors", {"revision": "c0ffee"}),
+    ]
+    sha256 = weights.sha256_of(tmp_path / "model.safetensors")
+    assert weights.locate(Weights("hf://owner/name/model.safetensors", sha256)) == tmp_path / "model.safetensors"
+    with pytest.raises(ZooError, match=r"is not the file registered .*: SHA-256"):
+        weights.locate(Weights("hf://owner/name@c0ffee/model.safetensors", "0" * 64))
+
+
+def test_parts_from_the_hub_can_be_of_a_revision(tmp_path, monkeypatch):
+    asked = []
+
+    class Kind:
+        @classmethod
+        def from_pretrained(cls, name, **settings):
+            asked.append((name, settings))
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a@folder").mkdir()
+    for source in ("owner/name", "owner/name@v1", "a@folder", tmp_path / "a@folder"):
+        hub.pretrained(Kind, source, dtype=1)
+    assert asked == [
+        ("owner/name", {"dtype": 1}),
+        ("owner/name", {"dtype": 1, "revision": "v1"}),
+        ("a@folder", {"dtype": 1}),
+        (str(tmp_path / "a@folder"), {"dtype": 1}),
+    ]
+
+
+def test_a_file_in_the_cache_of_torch_hub_is_the_one_that_its_name_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/net-ba7816bf.pth").write_bytes(b"abc")
+    url = "https://example.org/net-ba7816bf.pth"
+    assert weights.published_file(url) == tmp_path / "checkpoints/net-ba7816bf.pth"
+    (tmp_path / "checkpoints/net-ba7816bf.pth").write_bytes(b"abd")
+    with pytest.raises(ZooError, match=r"is not the file of https.*instead of ba7816bf"):
+        weights.published_file(url)
 
 
 def test_a_failed_download_says_what_to_do(monkeypatch):
     import huggingface_hub
 
-    def download(repository, file):
+    def download(repository, file, **settings):
         raise OSError("no network")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zoo import weights as files
 from zoo.errors import ZooError, nearest
-from zoo.tokenizer import Preset, config_fields, make_config
+from zoo.tokenizer import Preset, Weights, config_fields, make_config
 
 
 class Registry:
@@ -75,7 +75,7 @@ class Registry:
     def load(
         self,
         name: str,
-        weights: str | Path | None = None,
+        weights: str | Path | Weights | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         fresh: Sequence[str] = (),
@@ -85,8 +85,9 @@ class Registry:
 
         Args:
             name: a name of `list`.
-            weights: a file instead of the registered one: a path or "hf://owner/name/file". Files of `save` and of
-                training, and the authors' own, whose names are converted.
+            weights: a file instead of the registered one: a path, "hf://owner/name/file" or, of a certain commit,
+                "hf://owner/name@commit/file"; as `Weights` its SHA-256 is checked. Files of `save` and of training, and
+                the authors' own, whose names are converted.
             device, dtype: as in torch.
             fresh: parts (attributes) that begin anew, whatever the file has of them, as a later stage of a training may
                 want.
@@ -127,7 +128,7 @@ class Registry:
         changed = {name: value for name, value in config_fields(made.config).items() if value != known[name]}
         return self.load(made.info.name, weights, **changed)
 
-    def weights_path(self, name: str, weights: str | Path | None = None) -> Path:
+    def weights_path(self, name: str, weights: str | Path | Weights | None = None) -> Path:
         """The file that `load` reads for these arguments, downloaded if need be."""
         registered = self.preset(name).weights
         if weights is None and registered is None:

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from zoo.errors import ZooError, nearest
+from zoo.files import writing
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,8 @@ class Tokens:
         tensors = {f"ids/{name}": tensor for name, tensor in self.ids.items()}
         tensors |= {f"latents/{name}": tensor for name, tensor in self.latents.items()}
         tensors = {name: tensor.contiguous().cpu() for name, tensor in (tensors | {"mask": self.mask}).items()}
-        Path(path).write_bytes(serialize(tensors, {"tokens": json.dumps({"grid": self.grid})}))
+        with writing(path) as file:
+            file.write(serialize(tensors, {"tokens": json.dumps({"grid": self.grid})}))
 
     @staticmethod
     def load(path) -> Tokens:
@@ -166,8 +167,9 @@ class Tokens:
 class Weights:
     """Where the pretrained weights of a preset are.
 
-    location: a file in checkpoints/, or "hf://owner/name/file"; None when no program can fetch them, and then
-    `manual` says which file a person has to get, and where.
+    location: a file in checkpoints/, or "hf://owner/name/file", of a certain commit "hf://owner/name@commit/file"; None
+    when no program can fetch them, and then `manual` says which file a person has to get, and where.
+    sha256: of the file, in hexadecimal, checked before it is read.
     """
 
     location: str | None = None

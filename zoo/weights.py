@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,8 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
+from zoo.files import writing
+from zoo.hub import pinned
 from zoo.tokenizer import Weights
 
 NESTS = ("ema", "model_ema", "ema_state_dict", "state_dict", "model", "module", "weights", "params")
@@ -29,13 +30,17 @@ class MissingWeights(ZooError):
 
 
 def published_file(url: str) -> Path:
-    """Where torch.hub keeps the file of this address. Raises MissingWeights when it is not there.
+    """Where torch.hub keeps the file of this address. Raises MissingWeights when it is not there, and ZooError when its
+    SHA-256 does not begin as its name says (name-397923af.pth).
 
     Nothing is downloaded: a command does the same with and without a network, and ranks do not race.
     """
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
     if not path.is_file():
         raise MissingWeights(f"the file {path.name} is missing: download {url} into the folder {path.parent}.")
+    begin = path.stem.rpartition("-")[2]
+    if not (found := sha256_of(path)).startswith(begin):
+        raise ZooError(f"{path} is not the file of {url}: SHA-256 {found} instead of {begin}...; download it again.")
     return path
 
 
@@ -117,7 +122,7 @@ def rename(state: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, T
 
 
 def locate(weights: str | Path | Weights, name: str = "this tokenizer") -> Path:
-    """Local path of a file given as a path, as "hf://owner/name/file" or as a registered location.
+    """Local path of a file: a path, "hf://owner/name/file", "hf://owner/name@commit/file", or a registered location.
 
     Downloads come through huggingface_hub and its cache. Raises ZooError with what to do when it cannot be had.
     """
@@ -130,26 +135,25 @@ def locate(weights: str | Path | Weights, name: str = "this tokenizer") -> Path:
             )
         weights, sha256 = weights.location, weights.sha256
     path = _download(weights, name) if str(weights).startswith("hf:/") else Path(weights).expanduser()
-    if sha256 and (found := sha256_of(path)) != sha256:
+    if sha256 and path.is_file() and (found := sha256_of(path)) != sha256.lower():
         raise ZooError(f"{path} is not the file registered for {name}: SHA-256 {found} instead of {sha256}.")
     return path
 
 
 def save(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping | None = None) -> None:
-    """Write a safetensors file: to a temporary name first, so that a file that is there is a whole one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    """Write a safetensors file as `zoo.files.writing` does: one that is there is a whole one."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    # not save_file, which gives the file to its owner alone
-    part.write_bytes(serialize(tensors, {"format": "pt"} | ({"zoo": json.dumps(metadata)} if metadata else {})))
-    part.replace(path)
+    with writing(path) as file:  # not save_file, which gives the file to its owner alone
+        file.write(serialize(tensors, {"format": "pt"} | ({"zoo": json.dumps(metadata)} if metadata else {})))
 
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _download(location: str | Path, name: str) -> Path:
@@ -158,9 +162,10 @@ def _download(location: str | Path, name: str) -> Path:
 
     parts = str(location).removeprefix("hf:/").lstrip("/").split("/")
     if len(parts) < 3:
-        raise ZooError(f"a hub location is 'hf://owner/name/file', got '{location}'.")
+        raise ZooError(f"a hub location is 'hf://owner/name/file' or 'hf://owner/name@commit/file', got '{location}'.")
+    repository, revision = pinned("/".join(parts[:2]))
     try:
-        return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
+        return Path(hf_hub_download(repository, "/".join(parts[2:]), **revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ZooError(

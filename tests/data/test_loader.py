@@ -292,7 +292,7 @@ def test_sources_of_unknown_size_ask_for_what_they_need(make_shards):
     with pytest.raises(ZooError, match="needs the weight"):
         Loader([shards(pipe), shards(make_shards(3))], batch_size=1, training=True, samples_per_epoch=4)
     with pytest.raises(ZooError, match="no samples in pipe:false"):
-        list(Loader("pipe:false", batch_size=1, training=True, samples_per_epoch=4, max_bad_share=1))
+        list(Loader("pipe:false", batch_size=1, training=True, samples_per_epoch=4, max_bad_share=1, retries=0))
 
 
 @pytest.mark.skipif(not list(Path(scenes.__code__.co_filename).with_name("embedded").glob("*.tar")), reason="no scenes")

@@ -3,6 +3,7 @@ import torch
 import torchvision
 
 from zoo import ZooError, weights
+from zoo.losses import perceptual
 from zoo.losses.perceptual import PerceptualLoss
 from zoo.weights import MissingWeights
 
@@ -14,7 +15,10 @@ def vgg(tmp_path, monkeypatch):
     torch.manual_seed(0)
     network = torchvision.models.vgg16()
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
-    torch.save(network.state_dict(), tmp_path / "hub/checkpoints/vgg16-397923af.pth")
+    path = tmp_path / "hub/checkpoints/vgg16.pth"
+    torch.save(network.state_dict(), path)
+    path = path.rename(path.with_stem(f"vgg16-{weights.sha256_of(path)[:8]}"))
+    monkeypatch.setattr(perceptual, "VGG16", f"https://download.pytorch.org/models/{path.name}")
     return network
 
 

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from zoo.data import Loader
 from zoo.errors import ZooError
+from zoo.files import write_json
 from zoo.metrics.base import Row
 from zoo.weights import sha256_of
 
@@ -44,10 +45,7 @@ def claim(fabric: Fabric, folder: Path, protocol: dict) -> None:
     """
     path = folder / "protocol.json"
     if fabric.is_global_zero and not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(".protocol.json.part")
-        part.write_text(json.dumps(protocol, indent=2) + "\n")
-        part.replace(path)
+        write_json(path, protocol)
     fabric.barrier()
     begun = json.loads(path.read_text())
     if begun != json.loads(json.dumps(protocol)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import json
 import math
 import sys
 from collections.abc import Mapping
@@ -36,6 +35,7 @@ from zoo.commands.common import (
 )
 from zoo.commands.understanding import TASKS, understanding
 from zoo.errors import ZooError, nearest
+from zoo.files import write_json
 from zoo.metrics.base import Row
 from zoo.metrics.cost import Cost, timed
 from zoo.metrics.frechet import FrechetDistance
@@ -257,8 +257,7 @@ def protocol(cfg: DictConfig, source: dict, overrides: dict, metrics: dict) -> d
 def write(report: dict, rows: dict[str, Row], images: Tensor, results: list, cfg: DictConfig) -> None:
     """metrics.json, a picture for each setting and one of all of them, and the tables on the terminal."""
     folder = Path(cfg.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    write_json(folder / "metrics.json", report, allow_nan=False)
     for i, (tokens, outputs) in enumerate(results, 1):
         if outputs and cfg.pictures:
             path = folder / ("reconstructions.png" if len(results) == 1 else f"reconstructions-{i}.png")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from torchvision.utils import make_grid
 from zoo.commands import cli
 from zoo.commands.common import DTYPES, about_file, about_the_run, claim, expect_integer, expect_one_of, start
 from zoo.errors import ZooError, nearest
+from zoo.files import write_json, writing
 from zoo.metrics.generated import frechet_distance, inception_score, read_reference
 from zoo.registry import generators, load_generator, load_tokenizer, tokenizers
 from zoo.tokenizers.xar.generator import check_space
@@ -110,9 +110,8 @@ def path_of(folder: Path, number: int) -> Path:
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
-    part = path.with_name(f".{path.name}.part")  # a file that is there is a whole one
-    Image.fromarray(image).save(part, "PNG")
-    part.replace(path)
+    with writing(path) as file:
+        Image.fromarray(image).save(file, "PNG")
 
 
 def protocol(cfg: DictConfig, generator, numbers: list[int]) -> dict:
@@ -145,7 +144,8 @@ def finish(folder: Path, report: dict, cfg: DictConfig, names: tuple[str, ...], 
     shown = torch.from_numpy(images[chosen]).movedim(-1, 1)
     write_png(folder / "grid.png", make_grid(shown, nrow=round(len(shown) ** 0.5)).movedim(0, -1).numpy())
     if cfg.npz:
-        np.savez(folder / "samples.npz", arr_0=images, arr_1=np.array(report["labels"]))
+        with writing(folder / "samples.npz") as file:
+            np.savez(file, arr_0=images, arr_1=np.array(report["labels"]))
     measures = {}
     if cfg.inception_score:
         measures["Inception Score ↑"] = lambda: inception_score(images, fabric.device)
@@ -164,7 +164,7 @@ def finish(folder: Path, report: dict, cfg: DictConfig, names: tuple[str, ...], 
         except MissingWeights as error:
             report["missing"][title[:-2]] = str(error)
             table.add_row(title, "missing")
-    (folder / "generation.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(folder / "generation.json", report)
     console = Console(highlight=False)
     console.print(table)
     for name, reason in report["missing"].items():

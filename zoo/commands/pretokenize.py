@@ -19,6 +19,7 @@ from zoo.commands import cli
 from zoo.commands.common import DTYPES, about_file, about_the_run, claim, expect_integer, expect_one_of, start
 from zoo.data import Loader
 from zoo.errors import ZooError
+from zoo.files import write_json, writing
 from zoo.registry import load_tokenizer, tokenizers
 from zoo.tokenizer import Tokenizer
 from zoo.tokenizers.kl.tokenizer import KLTokenizer
@@ -60,25 +61,24 @@ def pretokenize(cfg: DictConfig) -> dict:
                 count = sum(member.name.endswith(".json") for member in tar)
             manifest["shards"][path.name] = {"samples": count, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
         manifest["samples"] = sum(shard["samples"] for shard in manifest["shards"].values())
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        write_json(folder / "manifest.json", manifest)
         print(f"{manifest['samples']} samples in {len(paths)} shards; they and manifest.json are in {folder}")
     return fabric.broadcast(manifest)
 
 
 def write_shard(path: Path, loader: Loader, tokenizer: Tokenizer, cfg: DictConfig) -> None:
-    """One tar file: written under a temporary name, so that a file that is there is a whole one."""
-    part = path.with_name(f".{path.name}.part")
-    with tarfile.open(part, "w") as tar:
+    """One tar file; one that is there is a whole one."""
+    with writing(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
         for batch in loader:
             images = batch.pop(tokenizer.info.input).to(tokenizer.device)
             views = [images, images.flip(-1)] if cfg.flip else [images]
             found = [arrays(tokenizer, view, np.dtype(cfg.array_dtype)) for view in views]
             for i, key in enumerate(batch.pop("key")):
-                key = key.replace(".", "_")  # the first dot of a member's name ends the key
+                # the first dot of a member's name ends the key; and no name leads out of a folder
+                key = key.replace(".", "_").lstrip("/")
                 for name in found[0]:
                     add(tar, f"{key}.{name}.npy", encoded(np.stack([view[name][i] for view in found])))
                 add(tar, f"{key}.json", json.dumps({name: plain(values[i]) for name, values in batch.items()}).encode())
-    part.replace(path)
 
 
 @torch.no_grad()

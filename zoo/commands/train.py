@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import signal
 import sys
 import warnings
@@ -10,19 +11,20 @@ from pathlib import Path
 import lightning as L
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 import zoo
 from zoo.commands import cli
 from zoo.errors import ZooError
+from zoo.files import writing
 from zoo.registry import resource
 from zoo.training.callbacks import ResumingCSVLogger
 
 HARMLESS = (
     "Detected call of `lr_scheduler.step\\(\\)` before",  # of an optimizer that has no step on every batch
     "Using ModelCheckpoint with manual optimization",  # the state after the step is the one to go on from
-    "Experiment logs directory",  # ResumingCSVLogger keeps what was logged
     "`isinstance\\(treespec, LeafSpec\\)`",  # Lightning's own
 )
 
@@ -34,6 +36,7 @@ def train(cfg: DictConfig) -> L.Trainer:
         raise ZooError(f"say what to train with experiment=NAME; there are: {', '.join(names)}.")
     output = Path(cfg.output_dir)
     resume_from = resume_point(output, cfg.resume)
+    step, row = progress(resume_from) if resume_from else (0, {})
 
     for message in HARMLESS:
         warnings.filterwarnings("ignore", f".*{message}")
@@ -58,20 +61,21 @@ def train(cfg: DictConfig) -> L.Trainer:
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
 
     if trainer.is_global_zero:
-        output.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(cfg, output / "config.yaml", resolve=True)
-        if resume_from:
-            saved = torch.load(resume_from, map_location="cpu", weights_only=True, mmap=True)
-            step = saved["global_step"]
-            last = saved["train_row"] if step % trainer.log_every_n_steps == 0 else None
-            for logger in loggers:
-                if isinstance(logger, ResumingCSVLogger):
-                    logger.continue_from(step, last)
+        with writing(output / "config.yaml") as file:
+            file.write(OmegaConf.to_yaml(cfg, resolve=True).encode())
+        last = row if step % trainer.log_every_n_steps == 0 else None
+        for logger in loggers:
+            if isinstance(logger, ResumingCSVLogger):
+                logger.continue_from(step, last)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
     except SIGTERMException:  # whose exit code would say that all went well
-        print(f"ended by SIGTERM after {trainer.global_step} steps; resume=true goes on from there", file=sys.stderr)
+        print(f"ended by SIGTERM after {trainer.global_step} steps; resume=true goes on", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
+    if resume_from and trainer.global_step == step:  # killed behind its last step: Lightning then ends nothing
+        for callback in callbacks:
+            if isinstance(callback, WeightAveraging):
+                callback.on_train_end(trainer, module)
     if trainer.is_global_zero:
         path = module.save(output)
         print(f"trained {trainer.global_step} steps; {path.stem}, metrics and pictures are in {output}")
@@ -88,6 +92,19 @@ def resume_point(output: Path, resume: bool) -> Path | None:
     if last.is_file():
         raise ZooError(f"{output} holds an earlier run; add resume=true to go on, or choose another output_dir.")
     return None
+
+
+def progress(checkpoint: Path) -> tuple[int, dict[str, float]]:
+    """The step of a checkpoint, and what was logged at it. Raises ZooError when the file is not whole."""
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        return content["global_step"], content["train_row"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).split("\n")[0]
+        raise ZooError(
+            f"{checkpoint} is not a whole checkpoint of zoo train ({reason}), and a training leaves no other; copy it "
+            "again, or put best.ckpt of the same folder in its place."
+        ) from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from zoo.data import Loader, ZooDataModule, joined
 from zoo.data.questions import Labels, Question
 from zoo.distributed import on_first_rank
 from zoo.errors import ZooError
+from zoo.files import write_json
 from zoo.metrics.base import Row
 from zoo.metrics.pictures import draw_ranking
 from zoo.metrics.probe import most_frequent, probe
@@ -241,7 +241,7 @@ def entry(name: str, metrics: dict[str, float]) -> dict:
 def write(report: dict, rows: list[Row], folder: Path) -> None:
     """metrics.json, and the table on the terminal."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    write_json(folder / "metrics.json", report, allow_nan=False)
     protocol, entries = report["protocol"], report["rows"]
     title = f"{protocol['task']}: {entries[0]['name']}, {protocol['images']} images"
     console = Console(highlight=False)

@@ -2,7 +2,9 @@
 
 import io
 import json
+import math
 import random
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -14,6 +16,8 @@ from zoo.data.sources import IMAGE_SUFFIXES, BadSample
 from zoo.errors import ZooError, nearest
 
 CROPS = ("center", "random", "resized", "squash")
+MAX_PIXELS = 89_478_485
+"""From which on Pillow warns of a decompression bomb: 256 MiB of colours."""
 INTERPOLATIONS = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR, "opencv": "opencv"}
 
 
@@ -27,6 +31,7 @@ class Decoder:
     crop: "center" and "random" scale the shorter side to image_size and cut a square out there; "resized" cuts out a
         `random_box`, its area a share from `crop_scale`, and scales that; "squash" cuts nothing and scales each side
         by itself.
+    max_pixels: a picture of more is a bad sample, and is not decoded; Pillow itself refuses more than 178,956,970.
     interpolation: of images, "bicubic" or "bilinear", both with antialiasing, or "opencv": see resize_as_opencv.
     """
 
@@ -36,6 +41,7 @@ class Decoder:
     crop_scale: Sequence[float] = (0.8, 1.0)
     flip: bool = False
     interpolation: str = "bicubic"
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self):
         if self.interpolation not in INTERPOLATIONS:
@@ -78,18 +84,18 @@ class Decoder:
                 ):
                     sample[field] = raw[text].decode()
                 else:
-                    record = record or json.loads(raw.get("json", b"{}"))
+                    record = record or _record(raw.get("json", b"{}"))
                     if field not in record:
                         raise BadSample(f"no {field!r} among {_content(raw, record)}")
                     sample[field] = record[field]
         except BadSample as error:
             raise BadSample(f"{raw['__url__']}: {raw['__key__']}", error.args[0]) from None
-        except ValueError as error:  # bytes that are no text, no number or no JSON
+        except (ValueError, RecursionError) as error:  # bytes that are no text, no number or no JSON
             raise BadSample(f"{raw['__url__']}: {raw['__key__']}", f"{field!r} cannot be read ({error})") from None
         return sample
 
     def _image(self, suffix: str, data: bytes, rng: random.Random | None) -> np.ndarray:
-        image = read_rgb(suffix, data)
+        image = read_rgb(suffix, data, self.max_pixels)
         if self.image_size:
             resample = INTERPOLATIONS[self.interpolation]
             image = fit(image, self.image_size, self.crop, self.crop_scale, rng, resample)
@@ -100,7 +106,7 @@ class Decoder:
         return np.asarray(image).transpose(2, 0, 1)
 
     def _depth(self, suffix: str, data: bytes, depth: str, squash: bool) -> np.ndarray:
-        values, size = read_depth(suffix, data), self.image_size
+        values, size = read_depth(suffix, data, self.max_pixels), self.image_size
         if depth == "distance":
             values = near_is_one(np.divide(1, values, out=np.full_like(values, np.nan), where=values > 0))
         elif depth == "disparity":
@@ -112,10 +118,10 @@ class Decoder:
         return values[None]
 
 
-def read_rgb(suffix: str, data: bytes) -> Image.Image:
+def read_rgb(suffix: str, data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An upright picture of mode "RGB", or "F" in [0, 1] for 16-bit grey. What is transparent lies over white, of an
     animation the first frame is taken, CMYK is converted without a colour profile."""
-    image = _open(suffix, data, upright=True)
+    image = _open(suffix, data, max_pixels, upright=True)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -124,18 +130,21 @@ def read_rgb(suffix: str, data: bytes) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def read_depth(suffix: str, data: bytes) -> np.ndarray:
+def read_depth(suffix: str, data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """(H, W) float32: the first channel of a picture, integers over 255 or 65535; or the array in a .npz as it is."""
     if suffix == "depth.npz":
         try:
-            with np.load(io.BytesIO(data)) as arrays:
-                values = arrays[arrays.files[0]].astype(np.float32)
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                member = archive.infolist()[0]
+                if member.file_size > 9 * max_pixels:  # doubles and their header
+                    raise ValueError(f"{member.file_size:,} bytes for max_pixels={max_pixels:,}")
+                values = _read_npy(archive.read(member)).astype(np.float32)
         except Exception as error:  # as for pictures
             raise BadSample(f"{suffix!r} is no array ({error})") from None
         if values.ndim != 2:
             raise BadSample(f"{suffix!r} has shape {values.shape}, not (height, width)")
         return values
-    image = _open(suffix, data)
+    image = _open(suffix, data, max_pixels)
     if image.mode[0] in "IF":
         return _sixteen_bits(image)
     if image.mode in ("1", "P"):
@@ -248,11 +257,13 @@ def to_float(pixels: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     return np.divide(pixels, np.float32(255 if pixels.dtype == np.uint8 else 1), out=out)
 
 
-def _open(suffix: str, data: bytes, upright: bool = False) -> Image.Image:
+def _open(suffix: str, data: bytes, max_pixels: int, upright: bool = False) -> Image.Image:
     if not data:
         raise BadSample(f"{suffix!r} is empty (0 bytes)")
     try:
         image = Image.open(io.BytesIO(data), formats=_formats(suffix.rpartition(".")[2]))
+        if image.width * image.height > max_pixels:
+            raise ValueError(f"{image.width} x {image.height} pixels, over max_pixels={max_pixels:,}")
         image.load()
         if upright:
             ImageOps.exif_transpose(image, in_place=True)
@@ -265,8 +276,12 @@ def _open(suffix: str, data: bytes, upright: bool = False) -> Image.Image:
 
 @cache
 def _formats(kind: str) -> list[str]:
-    """Every format of Pillow, the one that the name of the file promises first: they are tried one after another."""
-    return [Image.registered_extensions()[f".{kind}"], *Image.ID]
+    """The formats of IMAGE_SUFFIXES, that which the name of the file promises first: they are tried one after another.
+
+    Not all of Pillow's, of which EPS would start Ghostscript on a program in the file.
+    """
+    formats = Image.registered_extensions()
+    return [formats[f".{kind}"], *{formats[f".{suffix}"]: None for suffix in IMAGE_SUFFIXES}]
 
 
 def _sixteen_bits(image: Image.Image) -> np.ndarray:
@@ -286,9 +301,27 @@ def _picture(raw: dict, field: str, stems: tuple[str, ...]) -> tuple[str, bytes]
 
 def _array(suffix: str, data: bytes) -> np.ndarray:
     try:
-        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        return _read_npy(data)
+    except (ValueError, EOFError, OSError, KeyError, OverflowError) as error:
         raise BadSample(f"{suffix!r} is no whole array ({error})") from None
+
+
+def _read_npy(data: bytes) -> np.ndarray:
+    """The array in the bytes of a .npy file, whose header must not promise more than there is: it is believed."""
+    file, form = io.BytesIO(data), np.lib.format
+    header = {(1, 0): form.read_array_header_1_0, (2, 0): form.read_array_header_2_0}[form.read_magic(file)]
+    shape, _, dtype = header(file)
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data) - file.tell():
+        raise ValueError(f"{len(data) - file.tell()} bytes for an array {shape} of {dtype}")
+    file.seek(0)
+    return form.read_array(file, allow_pickle=False)
+
+
+def _record(data: bytes) -> dict:
+    record = json.loads(data)
+    if not isinstance(record, dict):
+        raise ValueError(f"the member 'json' is no object but {type(record).__name__}")
+    return record
 
 
 def _content(raw: dict, record: dict) -> str:

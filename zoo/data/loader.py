@@ -11,6 +11,7 @@ own part, and after a resume reads again, without decoding, what it has to skip.
 
 import itertools
 import logging
+import math
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -23,15 +24,16 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data.distributed import DistributedSampler
 from webdataset.filters import shuffle
 
-from zoo.data.images import Decoder, collate, to_float
+from zoo.data.images import MAX_PIXELS, Decoder, collate, to_float
 from zoo.data.order import Mix, Order, quotas
-from zoo.data.sources import BadSample, Indexed, resolve
+from zoo.data.sources import BadSample, Indexed, Patience, resolve
 from zoo.errors import ZooError
 
 log = logging.getLogger(__name__)
 
 HOPELESS = 100  # bad samples in a row
 JUDGED_FROM = 100  # samples; among fewer the share of bad ones means nothing, before the end of the epoch
+CHANCE = 4  # standard deviations, so that chance ends no long run whose share of bad samples is below the limit
 AHEAD = 2  # batches that a worker prepares
 
 
@@ -49,11 +51,13 @@ class Loader(DataLoader):
     source is.
 
     A bad sample is left out or, in training, replaced by a copy of the next good one. The bad ones are logged by name
-    at the end of an epoch; ZooError when they are more than `max_bad_share` of what came so far.
+    at the end of an epoch; ZooError when they are more than `max_bad_share` of it, or will be by all appearances.
 
     batch_size: of this rank.
     shuffle_buffer: samples among which the order is random, after whole shards and files have been put in random order.
     samples_per_epoch: over all ranks, in training; None is one pass over all sources.
+    max_pixels: a picture of more is a bad sample, see Decoder.
+    timeout, retries: for sources that do not answer, see `zoo.data.sources.Patience`.
     """
 
     def __init__(
@@ -75,6 +79,9 @@ class Loader(DataLoader):
         crop_scale: Sequence[float] = (0.8, 1.0),
         flip: bool = False,
         interpolation: str = "bicubic",
+        max_pixels: int = MAX_PIXELS,
+        timeout: float = Patience.timeout,
+        retries: int = Patience.retries,
     ):
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -85,6 +92,8 @@ class Loader(DataLoader):
             ("seed", seed, 0),
             ("shuffle_buffer", shuffle_buffer, 0),
             ("samples_per_epoch", samples_per_epoch or 1, 1),
+            ("max_pixels", max_pixels, 1),
+            ("retries", retries, 0),
         ):
             if not isinstance(value, int) or value < least:
                 raise ZooError(f"{name} must be a whole number of at least {least}, got {value!r}")
@@ -92,18 +101,20 @@ class Loader(DataLoader):
             raise ZooError(f"rank must be below world_size={world_size}, got {rank}")
         if not 0 <= max_bad_share <= 1:
             raise ZooError(f"max_bad_share must be a share from 0 to 1, got {max_bad_share}")
+        if not timeout > 0:
+            raise ZooError(f"timeout must be a number of seconds above 0, got {timeout}")
         if training:
             preparation = {"crop": crop, "crop_scale": crop_scale, "flip": flip}
         else:
             preparation = {"crop": "squash" if crop == "squash" else "center"}
-        decoder = Decoder(fields, image_size, interpolation=interpolation, **preparation)
-        place = rank, world_size, num_workers
+        decoder = Decoder(fields, image_size, interpolation=interpolation, max_pixels=max_pixels, **preparation)
+        place, patience = (rank, world_size, num_workers), Patience(timeout, retries)
         if training:
             batches = TrainingBatches(
-                resolve(sources), decoder, batch_size, place, seed, shuffle_buffer, samples_per_epoch
+                resolve(sources), decoder, batch_size, place, patience, seed, shuffle_buffer, samples_per_epoch
             )
         else:
-            batches = EvaluationBatches(resolve(sources), decoder, batch_size, place)
+            batches = EvaluationBatches(resolve(sources), decoder, batch_size, place, patience)
         super().__init__(
             batches,
             batch_size=None,
@@ -130,8 +141,8 @@ class Loader(DataLoader):
                 raise ZooError(batch["__error__"])
             now, count = batch.pop("__bad__"), len(batch.get("key", ()))
             bad, seen = bad + now, seen + (count if self.training else count + len(now))
-            self.position += 1
-            if steps and self.position % steps == 0:  # before the last batch is given out: Lightning asks for no other
+            if steps and (self.position + 1) % steps == 0:
+                # before the last batch is given out: Lightning asks for no other
                 self._judge(seen, bad, final=True)
                 bad, seen = [], 0
             elif seen >= JUDGED_FROM:
@@ -141,6 +152,7 @@ class Loader(DataLoader):
                 if isinstance(pixels, np.ndarray):
                     batch[name] = self._room(pixels.shape)[:count]
                     to_float(pixels[:count], out=batch[name].numpy())
+            self.position += 1  # a run that ends before goes on with this batch
             if batch:
                 yield batch
         if steps is None:
@@ -162,7 +174,10 @@ class Loader(DataLoader):
         return torch.from_numpy(guest)
 
     def _judge(self, seen: int, bad: list[tuple[str, str]], final: bool) -> None:
-        if len(bad) > self.max_bad_share * seen:
+        allowed = self.max_bad_share * seen
+        if not final:  # before the end the share is an estimate, with this many standard deviations to spare
+            allowed += CHANCE * math.sqrt(allowed)
+        if len(bad) > allowed:
             raise ZooError(
                 f"{len(bad)} of {seen} samples cannot be used, more than max_bad_share={self.max_bad_share} allows; "
                 f"the first is {bad[0][0]}: {bad[0][1]}"
@@ -191,8 +206,10 @@ class Batches(Dataset):
 
     steps: int | None
 
-    def __init__(self, sources: list, decoder: Decoder, batch_size: int, place: tuple[int, int, int]):
-        self.sources, self.decoder, self.batch_size = sources, decoder, batch_size
+    def __init__(
+        self, sources: list, decoder: Decoder, batch_size: int, place: tuple[int, int, int], patience: Patience
+    ):
+        self.sources, self.decoder, self.batch_size, self.patience = sources, decoder, batch_size, patience
         self.rank, self.world_size, workers = place
         self.slots, self.global_batch = max(1, workers), batch_size * self.world_size
         # Memory that the workers and the main process share for good. To share new memory for every batch, as a
@@ -230,15 +247,17 @@ class Batches(Dataset):
         """What a slot of this rank reads of a stream: whole shards if there are enough, else every n-th sample."""
         mine, all_slots = self.rank * self.slots + slot, self.world_size * self.slots
         if len(urls) >= all_slots:
-            return self.sources[s].stream(urls[mine::all_slots])
-        return itertools.islice(self.sources[s].stream(urls), mine, None, all_slots)
+            return self.sources[s].stream(urls[mine::all_slots], self.patience)
+        return itertools.islice(self.sources[s].stream(urls, self.patience), mine, None, all_slots)
 
 
 class EvaluationBatches(Batches):
     """Of `total` samples over all ranks (None if unknown) this rank has those from `begin` to `end`."""
 
-    def __init__(self, sources: list, decoder: Decoder, batch_size: int, place: tuple[int, int, int]):
-        super().__init__(sources, decoder, batch_size, place)
+    def __init__(
+        self, sources: list, decoder: Decoder, batch_size: int, place: tuple[int, int, int], patience: Patience
+    ):
+        super().__init__(sources, decoder, batch_size, place, patience)
         if all(isinstance(source, Indexed) for source in sources):
             self.orders = [Order(source.sizes, (), 1, shuffled=False) for source in sources]
             self.ends = np.cumsum([order.count for order in self.orders])
@@ -268,7 +287,7 @@ class EvaluationBatches(Batches):
             s = int(np.searchsorted(self.ends, position, side="right"))
             at = self.orders[s](0, position - int(self.ends[s]) + self.orders[s].count)
             try:
-                raw = self.sources[s].read(*at)
+                raw = self.sources[s].read(*at, self.patience)
             except BadSample as error:
                 raw = error
             yield s, raw
@@ -288,11 +307,12 @@ class TrainingBatches(Batches):
         decoder: Decoder,
         batch_size: int,
         place: tuple[int, int, int],
+        patience: Patience,
         seed: int,
         shuffle_buffer: int,
         samples_per_epoch: int | None,
     ):
-        super().__init__(sources, decoder, batch_size, place)
+        super().__init__(sources, decoder, batch_size, place, patience)
         self.seed, self.window = seed, max(1, shuffle_buffer)
         self.orders = [
             Order(source.sizes, (seed, 0, s), self.window) if isinstance(source, Indexed) else None
@@ -353,7 +373,7 @@ class TrainingBatches(Batches):
         order, quota = self.orders[s], int(self.mix.quotas[s])
         turn, part = divmod(epoch, max(1, order.count // quota))
         more, position = divmod(part * quota + ordinal, order.count)
-        return self.sources[s].read(*order(turn * -(-quota // order.count) + more, position))
+        return self.sources[s].read(*order(turn * -(-quota // order.count) + more, position), self.patience)
 
     def _streamed(self, s: int, epoch: int, batch: int, ahead: int) -> dict | BadSample:
         """The next sample of a slot's part of a stream, or the one `ahead` of it, which stays where it is."""

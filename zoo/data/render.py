@@ -24,6 +24,7 @@ from PIL import Image
 from rich.progress import track
 
 from zoo.errors import ZooError
+from zoo.files import writing
 
 SPLITS = ("train", "val")
 DEPTH_SCALE = 0.001  # metres per step of the 16-bit depth picture
@@ -453,15 +454,13 @@ def render(index: int, seed: int, split: str, size: int, samples: int) -> dict[s
 
 
 def write(path: Path, split: str, indices: range, samples) -> None:
-    """A webdataset shard, the same bytes for the same samples; it has its name only when it is complete."""
-    unfinished = path.with_suffix(".tmp")
-    with tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
+    """A webdataset shard, the same bytes for the same samples; one that is there is a whole one."""
+    with writing(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for index, sample in zip(indices, samples, strict=True):
             for kind, content in sample.items():
                 member = tarfile.TarInfo(f"{split}-{index:06d}.{kind}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    unfinished.rename(path)
 
 
 def main(arguments: list[str] | None = None) -> None:

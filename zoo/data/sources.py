@@ -4,8 +4,13 @@ A raw sample is a dictionary of member suffix -> bytes, such as {"jpg": b"...", 
 "__key__" and the shard or folder it came from under "__url__".
 """
 
+import itertools
+import logging
 import os
 import re
+import select
+import signal
+import subprocess
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,14 +21,24 @@ from functools import cached_property, lru_cache
 from glob import glob
 from importlib.resources import files
 from pathlib import Path
+from time import sleep
 
 import numpy as np
 from webdataset.gopen import gopen, gopen_schemes
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
 from zoo.data.tars import members, sample_starts, split_name
 from zoo.errors import ZooError, nearest
+
+log = logging.getLogger(__name__)
+
+LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+"""Errors of the system that waiting does not mend."""
+BROKEN = (tarfile.TarError, EOFError, zlib.error, ValueError, OverflowError, RecursionError, MemoryError)
+"""What reading a broken tar file raises."""
+LARGEST = 2**30
+"""Bytes of a member of a stream, whose header may promise any number of them."""
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "jp2", "avif")
 
@@ -39,6 +54,27 @@ DISPARITY = {"motorcycle_left.png": "motorcycle_disp.npz"}
 
 class BadSample(Exception):
     """A sample that cannot be used: its name, and why."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """With what cannot be read at the moment.
+
+    timeout: seconds without a byte after which a pipe or URL counts as failed.
+    retries: how often in a row what failed is tried again, after 1, 2, 4, ... seconds.
+    """
+
+    timeout: float = 60.0
+    retries: int = 5
+
+    def wait(self, name: str, error: OSError, attempt: int) -> None:
+        """Before the next attempt (from 0 on). BadSample after the last one, and at once for what is not there."""
+        reason = error.strerror or str(error)
+        if attempt == self.retries or isinstance(error, LASTING):
+            raise BadSample(name, reason) from None
+        seconds = 2**attempt
+        log.warning("%s cannot be read (%s); retry %d of %d in %d s", name, reason, attempt + 1, self.retries, seconds)
+        sleep(seconds)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -65,8 +101,18 @@ class Indexed(Source):
 
     sizes: np.ndarray
 
-    def read(self, unit: int, index: int) -> dict:
-        """A raw sample; BadSample if its bytes are not all there."""
+    def read(self, unit: int, index: int, patience: Patience = Patience()) -> dict:
+        """A raw sample; BadSample if its bytes are not all there or cannot be had."""
+        for attempt in itertools.count():
+            try:
+                return self._read(unit, index)
+            except OSError as error:
+                patience.wait(self.path(unit), error, attempt)
+
+    def path(self, unit: int) -> str:
+        raise NotImplementedError
+
+    def _read(self, unit: int, index: int) -> dict:
         raise NotImplementedError
 
 
@@ -87,15 +133,13 @@ class Files(Indexed):
     def sizes(self) -> np.ndarray:
         return np.ones(len(self.names), np.int64)
 
-    def read(self, unit: int, index: int) -> dict:
+    def path(self, unit: int) -> str:
+        return str(self.root / self.names[unit])
+
+    def _read(self, unit: int, index: int) -> dict:
         name = self.names[unit]
-        try:
-            raw = {
-                suffix: (self.root / file).read_bytes()
-                for suffix, file in {self.suffix(name): name, **self.extra.get(name, {})}.items()
-            }
-        except OSError as error:
-            raise BadSample(str(self.root / name), error.strerror or str(error)) from None
+        members = {self.suffix(name): name, **self.extra.get(name, {})}
+        raw = {suffix: (self.root / file).read_bytes() for suffix, file in members.items()}
         if self.classes:
             raw["cls"] = str(self.classes.index(Path(name).parts[0])).encode()
         return raw | {"__key__": name, "__url__": str(self.root)}
@@ -112,7 +156,10 @@ class Tars(Indexed):
     def starts(self) -> list[np.ndarray]:
         with ThreadPoolExecutor(8) as pool:  # what takes long is waiting for a network file system
             starts = pool.map(lambda p: sample_starts(p, os.path.getsize(p), os.path.getmtime(p)), self.paths)
-        return list(starts)
+        try:
+            return list(starts)
+        except OSError as error:
+            raise ZooError(f"cannot read the shard {error.filename}: {error.strerror}") from error
 
     @cached_property
     def sizes(self) -> np.ndarray:
@@ -121,11 +168,20 @@ class Tars(Indexed):
             raise ZooError(f"no samples in {self.paths[0]}" + f" and {len(sizes) - 1} more shards" * (len(sizes) > 1))
         return sizes
 
-    def read(self, unit: int, index: int) -> dict:
+    def path(self, unit: int) -> str:
+        return self.paths[unit]
+
+    def _read(self, unit: int, index: int) -> dict:
         path, starts = self.paths[unit], self.starts[unit]
-        file, start = _open(path), int(starts[index])
-        end = int(starts[index + 1]) if index + 1 < len(starts) else os.fstat(file.fileno()).st_size
-        span = os.pread(file.fileno(), end - start, start)  # unlike read, it moves nothing that forked workers share
+        start = int(starts[index])
+        try:
+            file = _open(path)
+            end = int(starts[index + 1]) if index + 1 < len(starts) else os.fstat(file.fileno()).st_size
+            # unlike read, it moves nothing that forked workers share
+            span = os.pread(file.fileno(), max(0, end - start), start)
+        except OSError:
+            _open.cache_clear()  # a network file system may have lost it
+            raise
         raw = {"__key__": f"byte {start}", "__url__": path}
         for offset, name, data, size in members(lambda at, n: span[at - start : at - start + n], start, end):
             key, suffix = (raw["__key__"], None) if name is None else split_name(name)
@@ -150,33 +206,111 @@ class Streams(Source):
 
     urls: list[str]
 
-    def stream(self, urls: list[str]) -> Iterator[dict | BadSample]:
-        """Raw samples of those shards in order. Where a shard breaks, a BadSample stands for the rest of it."""
-        for url in urls:
-            broken = []
-            try:
-                yield from group_by_keys(self._members(url, broken))
-            except ValueError as error:  # two members of one name
-                broken.append(error)
-            for error in broken:
-                reason = error.args[0] if error.args else repr(error)
-                yield BadSample(url, f"{reason} (the rest of it is not read)")
+    def stream(self, urls: list[str], patience: Patience = Patience()) -> Iterator[dict | BadSample]:
+        """Raw samples of those shards in order. Where a shard breaks, a BadSample stands for the rest of it.
 
-    def _members(self, url: str, broken: list[Exception]) -> Iterator[dict]:
-        stream = None
+        One that fails is read again from its beginning, and what was given of it is skipped.
+        """
+        for url in urls:
+            given = attempt = 0
+            while True:
+                try:
+                    for raw in itertools.islice(self._samples(url, patience.timeout), given, None):
+                        given, attempt = given + 1, 0
+                        yield raw
+                except OSError as error:
+                    try:
+                        patience.wait(url, error, attempt)
+                    except BadSample as bad:
+                        yield BadSample(url, f"{bad.args[1]} (the rest of it is not read)")
+                    else:
+                        attempt += 1
+                        continue
+                except BROKEN as error:
+                    reason = error.args[0] if error.args else repr(error)
+                    yield BadSample(url, f"{reason} (the rest of it is not read)")
+                break
+
+    def _samples(self, url: str, timeout: float) -> Iterator[dict]:
+        """OSError where the reading fails, one of BROKEN where what is read is no tar file."""
+        reader, broken = Reader(url, timeout), []
         try:
-            stream = gopen(url)
-            yield from tar_file_expander([{"url": url, "stream": stream}])
-            while rest := stream.read(1 << 20):
-                if rest.strip(b"\0"):
-                    raise tarfile.ReadError("it goes on behind the end of its tar file, or has a broken header")
-            stream.close()  # where a command that failed says so
-        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-            broken.append(error)
+            yield from group_by_keys(self._members(url, reader, broken))
         finally:
-            if stream is not None:
-                with suppress(OSError):  # a command whose output is not read to the end fails
-                    stream.close()
+            reader.close()
+        if broken:
+            raise broken[0]
+
+    def _members(self, url: str, reader: "Reader", broken: list[Exception]) -> Iterator[dict]:
+        try:
+            with tarfile.open(fileobj=reader, mode="r|*") as tar:
+                for member in tar:
+                    tar.members = []  # or it keeps all
+                    if member.isreg() and split_name(member.name)[0] is not None:
+                        if member.size > LARGEST:
+                            raise tarfile.ReadError(f"its member {member.name!r} would have {member.size:,} bytes")
+                        yield {"fname": member.name, "data": tar.extractfile(member).read(), "__url__": url}
+            padding = 0
+            while rest := reader.read(2**20):
+                padding += len(rest)
+                if rest.strip(b"\0") or padding > LARGEST:
+                    raise tarfile.ReadError("it goes on behind the end of its tar file, or has a broken header")
+        except BROKEN as error:
+            broken.append(error)
+        reader.finish()  # a command that failed half-way says more
+
+
+class Reader:
+    """The bytes of a pipe, a URL or a compressed file. OSError where they cannot be had, or none comes for `timeout`
+    seconds."""
+
+    def __init__(self, url: str, timeout: float):
+        self.timeout, self.ended, self.waiting = timeout, False, select.poll()
+        self.group = url.startswith("pipe:")
+        if self.group:  # as webdataset does it, but all that the command starts can be killed
+            command, options = url.removeprefix("pipe:"), {"stdout": subprocess.PIPE, "start_new_session": True}
+            # by its nature a command of the shell, from whoever configures the run
+            self.process = subprocess.Popen(command, shell=True, **options)  # noqa: S602
+            self.file = self.process.stdout
+        else:
+            self.file = gopen(url)
+            self.process = getattr(self.file, "proc", None)
+        self.number = (self.process.stdout if self.process else self.file).fileno()
+        self.waiting.register(self.number, select.POLLIN)
+
+    def read(self, size: int) -> bytes:
+        """As many bytes, fewer at the end only."""
+        parts = []
+        while size:
+            if not self.waiting.poll(1000 * self.timeout):
+                raise TimeoutError(f"no byte came for {self.timeout:g} s")
+            part = os.read(self.number, min(size, 2**20))
+            if not part:
+                self.ended = True
+                break
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    def finish(self) -> None:
+        """OSError if all was read and the command behind it failed."""
+        if self.ended and self.process:
+            try:
+                code = self.process.wait(self.timeout)
+            except subprocess.TimeoutExpired:
+                raise TimeoutError(f"its command does not end within {self.timeout:g} s") from None
+            if code:
+                raise OSError(f"its command failed with exit code {code}")
+
+    def close(self) -> None:
+        if self.process and self.process.poll() is None:
+            if self.group:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            else:
+                self.process.kill()
+            self.process.wait()
+        with suppress(OSError):  # webdataset complains about the kill
+            self.file.close()
 
 
 @lru_cache(maxsize=64)

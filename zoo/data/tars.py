@@ -12,6 +12,9 @@ from functools import cache
 import numpy as np
 from webdataset.tariterators import base_plus_ext
 
+EXTENDED = 2**20
+"""Bytes that the extended header of a member may have."""
+
 
 def split_name(name: str) -> tuple[str | None, str | None]:
     """Key and suffix as webdataset has them: "a/1.rgb.PNG" -> ("a/1", "rgb.png"); None for members that it skips."""
@@ -41,19 +44,25 @@ def members(read: Callable[[int, int], bytes], offset: int, end: int) -> Iterato
                 if block[124] < 128
                 else int.from_bytes(block[125:136], "big")
             )
+            kind = block[156:157]
+            if kind in b"xL" and size > EXTENDED:
+                raise ValueError
+            if kind == b"x":
+                extended |= _pax_records(read(data, size))
+            elif kind == b"L":
+                extended[b"path"] = read(data, size).rstrip(b"\0")
+            elif kind not in b"Kg":
+                size = int(extended.get(b"size", size))
+            if size < 0:  # would lead back to where the walk has been
+                raise ValueError
         except (ValueError, IndexError):
             if not lost:
                 yield first, None, 0, 0
             first = offset = data
             extended, lost = {}, True
             continue
-        lost, kind = False, block[156:157]
-        if kind == b"x":
-            extended |= _pax_records(read(data, size))
-        elif kind == b"L":
-            extended[b"path"] = read(data, size).rstrip(b"\0")
-        elif kind not in b"Kg":
-            size = int(extended.get(b"size", size))
+        lost = False
+        if kind not in b"xLKg":
             if kind in b"0\x007":
                 name = extended.get(b"path") or _plain_name(block)
                 yield first, name.decode("utf-8", "surrogateescape"), data, size
@@ -91,8 +100,11 @@ def _plain_name(block: bytes) -> bytes:
 
 
 def _pax_records(data: bytes) -> dict[bytes, bytes]:
+    """ValueError where one is not as long as it says."""
     records = {}
-    while (length := data.split(b" ", 1)[0]).isdigit():
-        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+    while (length := data[:8].split(b" ", 1)[0]).isdigit():
+        key, equals, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+        if not equals:
+            raise ValueError("a pax record without a value")
         records[key], data = value, data[int(length) :]
     return records

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from zoo import registry
 from zoo.errors import ZooError, nearest
+from zoo.files import write_json
 from zoo.flow import guide, guide_twice
 from zoo.lm.vision import TOKENIZER_FILE, GeneratedImages, Generators, Seen, Vision, drawn
 from zoo.tokenizer import Tokenizer, TokenizerInfo, Tokens
@@ -81,7 +82,7 @@ class CodeVision(Vision):
     def save(self, folder: Path, about: dict) -> None:
         streams = [asdict(stream) for stream in self.streams]
         about = {"tokenizer": self.tokenizer.info.name, "streams": streams, "num_tokens": self.num_tokens} | about
-        (folder / self.FILE).write_text(json.dumps(about, indent=2) + "\n")
+        write_json(folder / self.FILE, about)
         super().save(folder, about)
 
     @classmethod

@@ -21,7 +21,6 @@ Writes report.json and pairs.png.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -43,6 +42,7 @@ from zoo.data import read_all, scenes
 from zoo.data.labels import ATTRIBUTES, COLOR_NAMES
 from zoo.data.render import NUMBERS, ROOM_COLORS
 from zoo.errors import ZooError
+from zoo.files import write_json
 from zoo.lm.generate import generate_image, generate_text
 from zoo.lm.model import VisualLM
 from zoo.metrics.probe import judge, most_frequent, probe_scores
@@ -237,7 +237,7 @@ def report(model: VisualLM, train: dict, val: dict, output: Path, **settings) ->
         **tables,
         "captions": said,
     }
-    (output / "report.json").write_text(json.dumps(found, indent=2) + "\n")
+    write_json(output / "report.json", found)
     for title, rows in tables.items():
         table = Table(title, *rows)
         for measure in next(iter(rows.values())):

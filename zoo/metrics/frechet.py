@@ -1,4 +1,5 @@
 import functools
+import io
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from zoo.errors import ZooError
 from zoo.metrics.base import Row
 from zoo.registry import load_tokenizer
 from zoo.tokenizer import Tokenizer
-from zoo.weights import published_file
+from zoo.weights import published_file, read
 
 LARGEST = 4096
 """Features beyond which a covariance takes gigabytes."""
@@ -27,8 +28,11 @@ class Inception(nn.Module):
         super().__init__()
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-        path = published_file(URL_INCEPTION_V3)
-        self.net = NoTrainInceptionV3("inception-v3-compat", [output], str(path), antialias=False)
+        # torch-fidelity executes what is in the file that it gets, so it gets what was read without
+        file = io.BytesIO()
+        torch.save(read(published_file(URL_INCEPTION_V3))[0], file)
+        file.seek(0)
+        self.net = NoTrainInceptionV3("inception-v3-compat", [output], file, antialias=False)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net((images * 255).round().byte().expand(-1, 3, -1, -1))

@@ -11,6 +11,7 @@ from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from zoo.files import writing
 from zoo.tokenizer import Tokens
 
 GOLDEN = 0.6180339887
@@ -48,7 +49,8 @@ def draw_reconstructions(path: Path, images: Tensor, columns: dict[str, Tensor],
             axis.spines[:].set_visible(False)
             if i == 0:
                 axis.set_title(name, fontsize=9)
-    figure.savefig(path, dpi=110)
+    with writing(path) as file:
+        figure.savefig(file, dpi=110)
 
 
 def draw_ranking(
@@ -68,7 +70,8 @@ def draw_ranking(
             words.text(0, 1 - (place + 0.5) / count, line, color=colour, fontsize=7, va="center")
         for axis in (picture, words):
             axis.set_axis_off()
-    figure.savefig(path, dpi=110)
+    with writing(path) as file:
+        figure.savefig(file, dpi=110)
 
 
 def draw_rate_distortion(path: Path, curves: dict[str, list[tuple[float, float, str]]], axes: tuple[str, str]) -> None:
@@ -84,7 +87,8 @@ def draw_rate_distortion(path: Path, curves: dict[str, list[tuple[float, float, 
     plot.grid(alpha=0.3)
     plot.spines[["top", "right"]].set_visible(False)
     plot.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
+    with writing(path) as file:
+        figure.savefig(file, dpi=130)
 
 
 def _shown(image: Tensor) -> tuple:

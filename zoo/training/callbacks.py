@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from torchvision.utils import make_grid, save_image
 
+from zoo.files import room_for, writing
 from zoo.training.module import batch_size
 
 
@@ -24,8 +27,8 @@ class ValidationPictures(L.Callback):
             return
         count = min(self.num_images, batch_size(batch))
         grid = make_grid(module.pictures(batch, count), nrow=count)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_image(grid, self.folder / f"step-{trainer.global_step:07d}.png")
+        with writing(self.folder / f"step-{trainer.global_step:07d}.png") as file:
+            save_image(grid, file, "png")
 
 
 class EpochWeightAveraging(EMAWeightAveraging):
@@ -44,18 +47,47 @@ class ResumingCSVLogger(CSVLogger):
 
     def __init__(self, save_dir: str, flush_logs_every_n_steps: int = 100):
         super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=flush_logs_every_n_steps)
-        path = Path(save_dir) / "metrics.csv"
-        self._earlier = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
+        self._path = Path(save_dir) / "metrics.csv"
 
     def continue_from(self, step: int, last: dict[str, float] | None = None) -> None:
         """Keep the rows of earlier runs up to a step; without this call a run starts an empty file.
 
         last: what was logged at the step before, to be added where the earlier run was killed too soon to write it.
         """
-        writer = self.experiment
-        kept = [row for row in self._earlier if int(row["step"]) < step]
-        for row in kept:
-            writer.log_metrics({k: float(v) for k, v in row.items() if v and k != "step"}, int(row["step"]))
+        kept = [row for row in read_rows(self._path) if int(row["step"]) < step]
         if last and not any(int(row["step"]) == step - 1 and all(map(row.get, last)) for row in kept):
-            writer.log_metrics(last, step - 1)
-        self.save()
+            kept.append(last | {"step": step - 1})
+        names = sorted({name for row in kept for name in row})
+        write_rows(self._path, names, kept)
+        self._experiment = _Appending(self.log_dir)
+        self._experiment.metrics_keys = names
+
+
+class _Appending(ExperimentWriter):
+    """Goes on with the file that is there; with a new column, writes it anew without a moment in which it is short."""
+
+    def _check_log_dir_exists(self) -> None:
+        """Deletes nothing."""
+
+    def save(self) -> None:
+        with room_for(self.metrics_file_path):
+            super().save()
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        write_rows(self.metrics_file_path, fieldnames, read_rows(self.metrics_file_path))
+
+
+def read_rows(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv; the one that a killed run had not written to its end is left out."""
+    path = Path(path)
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.is_file() else b""
+    return list(csv.DictReader(whole.decode().splitlines()))
+
+
+def write_rows(path: str | Path, names: list[str], rows: list[dict]) -> None:
+    with writing(path) as file:
+        text = io.TextIOWrapper(file, newline="")
+        table = csv.DictWriter(text, names)
+        table.writeheader()
+        table.writerows(rows)
+        text.detach()  # flushed, and left open for `writing`

@@ -134,8 +134,12 @@ class TrainingModule(L.LightningModule):
         np.random.seed(seeds[1])
         torch.manual_seed(int(seeds[2]))
 
+    def completes_step(self, batch_idx: int) -> bool:
+        """Whether a step ends with this batch of the epoch, and no gradients are left for the next one."""
+        return (batch_idx + 1) % self.accumulate == 0 or self.trainer.is_last_batch
+
     def training_step(self, batch: dict, batch_idx: int) -> None:
-        completes = (batch_idx + 1) % self.accumulate == 0 or self.trainer.is_last_batch
+        completes = self.completes_step(batch_idx)
         optimizers = dict(zip(self.recipe, _as_list(self.optimizers()), strict=True))
         self._row = {}
         for i, (name, loss, logs) in enumerate(self.losses(batch)):

@@ -11,7 +11,6 @@ which is how one codebook for both tasks compares with two at equal bits. Writes
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from torchvision.utils import make_grid, save_image
 
 import zoo
 from zoo.data import read_all, scenes
+from zoo.files import write_json
 from zoo.metrics.retrieval import recalls_at_one
 from zoo.tokenizers.dualtoken.tokenizer import DualTokenTokenizer
 
@@ -84,7 +84,7 @@ def main() -> None:
         table.add_row(*(f"{cell:.3f}" if type(cell) is float else str(cell) for cell in cells))
     Console(highlight=False).print(table)
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "report.json").write_text(json.dumps({"name": args.name, "rows": rows}, indent=2) + "\n")
+    write_json(args.output / "report.json", {"name": args.name, "rows": rows})
     save_image(pictures(tokenizers[0], val["image"][:8]), args.output / "levels.png")
     print(f"{len(val['image'])} scenes; report.json and levels.png are in {args.output}")
 

@@ -13,7 +13,6 @@ measured, which a later report takes from there.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -27,6 +26,7 @@ from torchvision.utils import make_grid, save_image
 
 from zoo.data import read_all, scenes
 from zoo.errors import ZooError
+from zoo.files import write_json
 from zoo.lm.model import VisualLM
 from zoo.lm.report import caption_scores, facts_of_caption, facts_of_scenes, in_batches, resized, written_captions
 from zoo.quantizers import perplexity
@@ -129,7 +129,7 @@ def report(folder: Path, output: Path, device: str = "cpu") -> dict:
         rows.append(resized(model.vision.reconstruct(images[:PICTURED]).cpu(), val["image"].shape[-1]))
     output.mkdir(parents=True, exist_ok=True)
     found = {"scenes": len(val["image"]), "runs": runs, "summary": summary(runs)}
-    (output / "report.json").write_text(json.dumps(found, indent=2) + "\n")
+    write_json(output / "report.json", found)
     draw(output / "comparison.png", runs)
     save_image(make_grid(torch.cat(rows), nrow=PICTURED), output / "pictures.png")
     table = Table("", *found["summary"])

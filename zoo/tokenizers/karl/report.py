@@ -8,7 +8,6 @@ Writes adaptivity.json, curves.png and qualities.png.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from torchmetrics.functional import spearman_corrcoef
 
 import zoo
 from zoo.data import Loader, scenes
+from zoo.files import write_json
 from zoo.tokenizers.karl.tokenizer import KarlTokenizer
 
 QUALITIES = (0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.09, 0.12)
@@ -127,7 +127,7 @@ def main() -> None:
         asked = f"quality {value}" if name == "quality" else f"{value} tokens"
         table.add_row(asked, *cells, "" if rho is None else f"{rho:.3f}")
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "adaptivity.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(args.output / "adaptivity.json", report)
     draw_curves(args.output / "curves.png", chosen, forced, objects)
     # two scenes with few objects, two with many
     order = objects.argsort(stable=True)

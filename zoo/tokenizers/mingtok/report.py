@@ -11,7 +11,6 @@ over values (0.5: chance). For comparison: pixels, a tokenizer that was never tr
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from torch import Tensor
 import zoo
 from zoo.data import read_all, scenes
 from zoo.data.questions import scene_labels
+from zoo.files import write_json
 from zoo.metrics.probe import most_frequent, probe
 
 BATCH = 64
@@ -74,7 +74,7 @@ def main() -> None:
         table.add_row(*(f"{v:.3f}" if type(v) is float else v for v in (row.get(key, "") for key in rows[0])))
     Console(highlight=False).print(table)
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "report.json").write_text(json.dumps({"name": args.name, "rows": rows}, indent=2) + "\n")
+    write_json(args.output / "report.json", {"name": args.name, "rows": rows})
     print(f"{len(train['image'])} scenes to fit on, {len(val['image'])} to judge; report.json is in {args.output}")
 
 

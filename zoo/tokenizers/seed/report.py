@@ -12,7 +12,6 @@ prefix.png (the curves) and pictures.png.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from torchvision.utils import make_grid, save_image
 
 import zoo
 from zoo.data import read_all, scenes
+from zoo.files import write_json
 from zoo.metrics.retrieval import recalls_at_one
 from zoo.tokenizers.seed.tokenizer import SeedTokenizer
 from zoo.tokenizers.siglip.encoder import SigLIPEncoder, to_values
@@ -181,7 +181,7 @@ def main() -> None:
     Console(highlight=False).print(table)
     args.output.mkdir(parents=True, exist_ok=True)
     content = {"name": args.name, "rows": rows, "before": before, "teacher": teacher}
-    (args.output / "report.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_json(args.output / "report.json", content)
     draw(args.output / "prefix.png", rows, before, teacher)
     save_image(report.grid(10), args.output / "pictures.png")
     print(f"report.json, prefix.png and pictures.png are in {args.output}")

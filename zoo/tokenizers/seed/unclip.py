@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
+from zoo.hub import pinned
 
 
 class PixelDecoder:
@@ -55,8 +56,8 @@ class PixelDecoder:
         """A published pipeline, on the CPU.
 
         Args:
-            source: a local folder in the form of diffusers, or a hub id "owner/name", a mirror's as well. Weights are
-                read from safetensors files only.
+            source: a local folder in the form of diffusers, or a hub id "owner/name", of a certain commit
+                "owner/name@commit", a mirror's as well. Weights are read from safetensors files only.
             dtype: float32 without one.
             embed_shape: of the embeddings it is for, as (1024,).
 
@@ -67,14 +68,16 @@ class PixelDecoder:
         from diffusers.utils import is_accelerate_available
 
         folder = Path(source).expanduser()
-        if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+        if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", str(source)):
             raise ZooError(
                 f"there is no folder '{source}' with a {cls.PIPELINE}; give one in the form of diffusers, or a hub id "
                 "'owner/name'."
             )
+        name, revision = pinned(folder if folder.is_dir() else source)
         try:
             pipeline = getattr(diffusers, cls.PIPELINE).from_pretrained(
-                str(folder if folder.is_dir() else source),
+                name,
+                **revision,
                 dtype=dtype or torch.float32,
                 use_safetensors=True,
                 low_cpu_mem_usage=is_accelerate_available(),  # the default, without its warning

@@ -9,7 +9,6 @@ the colours, an untrained encoder of the same sizes, the picture of another scen
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -25,6 +24,7 @@ from zoo.data import read_all, scenes
 from zoo.data.labels import ATTRIBUTES, dominant_color
 from zoo.data.questions import scene_labels
 from zoo.data.render import NUMBERS, ROOM_COLORS
+from zoo.files import write_json
 from zoo.metrics.probe import probe_classes
 from zoo.metrics.retrieval import Retrieval
 from zoo.metrics.zeroshot import text_classifier
@@ -173,7 +173,7 @@ def main() -> None:
     scenes_of = {"scenes": len(val["caption"]), "different captions": len(set(val["caption"]))}
     scenes_of["captions also in training"] = len(set(val["caption"]) & set(train["caption"]))
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "report.json").write_text(json.dumps({"name": args.name} | scenes_of | tables, indent=2) + "\n")
+    write_json(args.output / "report.json", {"name": args.name} | scenes_of | tables)
     print(f"{scenes_of}; report.json is in {args.output}")
 
 

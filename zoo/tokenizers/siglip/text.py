@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
+from zoo.hub import pinned
 
 PAD, UNKNOWN, BEGIN = "<pad>", "<unk>", "<cls>"
 
@@ -64,7 +65,8 @@ class HubTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self.tokenizer, self.length = AutoTokenizer.from_pretrained(name), length
+            name, revision = pinned(name)
+            self.tokenizer, self.length = AutoTokenizer.from_pretrained(name, **revision), length
             self.pad = self.tokenizer.pad_token_id
         except OSError as error:
             raise ZooError(

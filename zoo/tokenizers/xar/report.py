@@ -11,7 +11,6 @@ of the validation scenes. Writes report.json and, for each line of a generator, 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ import zoo
 from zoo.commands.generate import image_generator
 from zoo.data import read_all, scenes
 from zoo.data.labels import COLOR_NAMES, dominant_color
+from zoo.files import write_json
 
 ROWS = 8
 """Images of each class in a picture."""
@@ -124,7 +124,7 @@ def main() -> None:
     table = Table("", "accuracy of the class ↑", "Frechet distance ↓")
     for row in rows:
         table.add_row(row["name"], f"{row['accuracy']:.1%}", f"{row['distance']:.3f}")
-    (args.output / "report.json").write_text(json.dumps({"images": len(labels), "rows": rows}, indent=2) + "\n")
+    write_json(args.output / "report.json", {"images": len(labels), "rows": rows})
     Console(highlight=False).print(table)
 
 
