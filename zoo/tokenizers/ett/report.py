@@ -13,6 +13,7 @@ measured, which a later report takes from there.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -50,7 +51,7 @@ def measured(path: Path, val: dict, device: str = "cpu") -> dict[str, float]:
     if not file.is_file():
         model = VisualLM.load(path, device)
         found = measure(model, resized(val["image"], model.vision.tokenizer.info.image_size), val)
-        file.write_text(json.dumps(found, indent=2) + "\n")
+        write_json(file, found)
     return json.loads(file.read_text())
 
 
