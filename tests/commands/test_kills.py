@@ -98,7 +98,8 @@ def test_killed_at_random_moments(trainings, whole, tmp_path):
             process.kill()
             process.join()
             kills += process.exitcode == -9
-            if process.exitcode != -9:
+            if process.exitcode != -9:  # done before its kill: the whole run was measured on a busier machine
+                seconds = min(seconds, time.monotonic() - began)
                 break
         assert_ends_as(expected, trainings, folder)
         if kills >= KILLS:
@@ -120,12 +121,17 @@ def test_killed_while_files_are_written(trainings, whole, tmp_path):
 
 def test_one_rank_of_two_is_killed(trainings, whole, tmp_path):
     expected, seconds = whole(2)
-    rng, folder = random.Random(0), tmp_path / "run"
-    for victim in (1, 0, 1):
-        processes, _ = begin(trainings, folder, ranks=2)
+    rng, victims, number = random.Random(0), [1, 0, 1], 0
+    while victims:
+        folder = tmp_path / f"run{number}"
+        processes, began = begin(trainings, folder, ranks=2)
         time.sleep(rng.uniform(0.1, 0.4) * seconds)
-        processes[victim].kill()
+        processes[victims[0]].kill()
         codes = trainings.finish(processes)
+        if codes == [0, 0]:  # done before its kill, as above
+            seconds, number = min(seconds, time.monotonic() - began) / 2, number + 1
+            continue
+        victim = victims.pop(0)
         assert codes[victim] == -9
         assert codes[1 - victim] > 0, told(folder)
     assert_ends_as(expected, trainings, folder, ranks=2)
