@@ -49,6 +49,12 @@ def writing(path: str | Path) -> Iterator[BinaryIO]:
             os.close(folder)
 
 
+def discard_parts(folder: Path) -> None:
+    """Remove what `writing` left in a folder and those below it when it was killed; nobody else writes there."""
+    for part in folder.rglob(".*.part"):
+        part.unlink()
+
+
 @contextmanager
 def room_for(path: str | Path) -> Iterator[None]:
     """Raises ZooError where the disk is full, whatever libraries made of the system's error."""

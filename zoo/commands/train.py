@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 import zoo
 from zoo.commands import cli
 from zoo.errors import ZooError
-from zoo.files import writing
+from zoo.files import discard_parts, writing
 from zoo.registry import resource
 from zoo.training.callbacks import ResumingCSVLogger
 
@@ -61,6 +61,7 @@ def train(cfg: DictConfig) -> L.Trainer:
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
 
     if trainer.is_global_zero:
+        discard_parts(output)
         with writing(output / "config.yaml") as file:
             file.write(OmegaConf.to_yaml(cfg, resolve=True).encode())
         last = row if step % trainer.log_every_n_steps == 0 else None
