@@ -89,14 +89,12 @@ class EmbeddingVision(Vision):
                 f"{hidden_size}."
             )
 
-    @torch.no_grad()
     def see(self, images: Tensor) -> Seen:
         # ids are exact whatever the precision of the training around them
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             tokens = self.tokenizer._encode(images.to(self.tokenizer.dtype), **self.settings)
             codes = self.tokenizer._embed(tokens)
-        with torch.enable_grad():
-            return self.seen(codes, tokens.ids[self.tokenizer.info.streams[0]] if self.visual_head else None)
+        return self.seen(codes, tokens.ids[self.tokenizer.info.streams[0]] if self.visual_head else None)
 
     def seen(self, codes: Tensor, ids: Tensor | None = None) -> Seen:
         """What `see` gives of images, from their codebook embeddings (B, N, D), with gradient, and ids (B, N)."""

@@ -29,8 +29,17 @@ from zoo.data import read_all, scenes
 from zoo.errors import ZooError
 from zoo.files import write_json
 from zoo.lm.model import VisualLM
-from zoo.lm.report import caption_scores, facts_of_caption, facts_of_scenes, in_batches, resized, written_captions
-from zoo.quantizers import perplexity
+from zoo.lm.report import (
+    BATCH,
+    caption_scores,
+    facts_of_caption,
+    facts_of_scenes,
+    in_batches,
+    resized,
+    written_captions,
+)
+from zoo.metrics.psnr import PSNR
+from zoo.metrics.tokens import TokenStatistics
 
 COLUMNS = {
     "loss": "caption loss, nats a word",
@@ -66,21 +75,16 @@ def measure(model: VisualLM, images: Tensor, val: dict) -> dict[str, float]:
         return model(texts, images[rows.start : rows.stop].to(model.lm.device), never, never)[0]
 
     scores = caption_scores(list(map(facts_of_caption, said)), facts_of_scenes(val))
-    mse = (in_batches(model.vision.reconstruct, images) - images).square().flatten(1).mean(1)
-    scores |= {"loss": in_batches(words, numbers).mean().item(), "psnr": (-10 * mse.log10()).mean().item()}
-    return {name: scores[name] for name in COLUMNS if name in scores} | usage(model, images)
-
-
-def usage(model: VisualLM, images: Tensor) -> dict[str, float]:
-    """Share of the codes that some image has, and their perplexity, each the mean over codebooks."""
-    tokenizer, found = model.vision.tokenizer, []
-    for name, size in tokenizer.info.codebook_sizes.items():
-        ids = in_batches(lambda some, stream=name: tokenizer.encode(some).ids[stream], images)
-        for level in ids.unbind(-1) if ids.ndim == 3 else [ids]:
-            counts = torch.bincount(level.flatten(), minlength=size)
-            found.append(((counts > 0).double().mean().item(), perplexity(counts).item()))
-    share, even = map(fmean, zip(*found, strict=True))
-    return {"usage": share, "perplexity": even}
+    tokenizer, psnr = model.vision.tokenizer, PSNR()
+    statistics = TokenStatistics(tokenizer.info)
+    for some in images.split(BATCH):
+        statistics.update(tokenizer.encode(some).cpu())
+        psnr.update(model.vision.reconstruct(some).cpu(), some)
+    used = {name: one.item() for name, one in statistics.compute().items()}
+    scores |= {"loss": in_batches(words, numbers).mean().item(), "psnr": psnr.compute()["psnr"].item()}
+    for column, measure in (("usage", "codebook_use"), ("perplexity", "perplexity")):
+        scores[column] = fmean(used[f"{measure}/{stream}"] for stream in tokenizer.info.streams)
+    return {name: scores[name] for name in COLUMNS}
 
 
 def summary(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, tuple[float, float]]]:
