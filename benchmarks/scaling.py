@@ -1,7 +1,7 @@
 """Is a training on N ranks the training on one rank with N times the batch?
 
-Runs every tiny experiment (or those named) for some steps on the CPU, on 1, 2 and 4 ranks with the same images in all, with
-DDP and sharded, and compares with one rank: the losses and gradient norms of the first steps, the weights and buffers after
+Runs every tiny experiment (or those named) for some steps on the CPU, on 1, 2 and 4 ranks with the same images in all,
+with DDP and sharded, and compares with one rank: the losses and gradient norms of all steps, the weights and buffers after
 the last one, and how they moved. Every difference is relative: |a - b| / |b|, of weights over all of them.
 
     python benchmarks/scaling.py                                    # all, 20 steps; what is in --output is kept
@@ -21,14 +21,13 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from _runs import bare, experiments, write_table
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from zoo.commands.cli import compose
 from zoo.commands.train import train
 from zoo.distributed import leave, sum_over_ranks, world_size
-from zoo.registry import resource
 from zoo.training.sharding import whole
 
 LAYOUTS = ("ddp-2", "ddp-4", "fsdp-2", "fsdp-4")
@@ -40,12 +39,6 @@ STRATEGIES = {
     ],
 }
 MEASURES = {"loss": "loss", "norm": "gradient norm", "weights": "weights", "update": "their change"}
-BARE = [
-    *(f"callbacks.{name}=null" for name in ("checkpoint", "best", "pictures", "progress", "ema")),
-    "+trainer.enable_checkpointing=false", "+trainer.enable_progress_bar=false", "trainer.limit_val_batches=0",
-    "logger.csv=null", "needs_weights=false", "data.num_workers=0",
-]  # fmt: skip
-MARKS = "<!-- scaling -->", "<!-- end of scaling -->"
 
 
 class Record(L.Callback):
@@ -74,24 +67,22 @@ def state(module: L.LightningModule) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in whole(module.state_dict()).items() if value.is_floating_point()}
 
 
-def experiments() -> list[str]:
-    return sorted(path.stem for path in (resource("conf") / "experiment").glob("*tiny*.yaml"))
-
-
 def work(args: argparse.Namespace) -> None:
     """On one of the ranks of a layout: train what is not there yet."""
     strategy, ranks = args.layout.split("-")[0], world_size_of(args.layout)
     for name in args.experiments:
         path = args.output / args.layout / f"{name}.pt"
-        overrides = [
-            f"experiment={name}", f"trainer.devices={ranks}", f"data.batch_size={args.images // ranks}",
-            f"trainer.max_steps={args.steps}", *STRATEGIES[strategy], *BARE, f"output_dir={args.output / 'run'}",
-            f"trainer.precision={args.precision}", "+callbacks.record={_target_:__main__.Record}",
-            f"+callbacks.record.path={path}", *args.override,
-        ]  # fmt: skip
-        if not path.is_file():
-            train(compose("train", overrides))
-            torch.distributed.barrier() if ranks > 1 else None
+        if path.is_file():
+            continue
+        train(
+            bare(
+                name, f"trainer.devices={ranks}", f"data.batch_size={args.images // ranks}", "data.num_workers=0",
+                f"trainer.max_steps={args.steps}", "trainer.limit_val_batches=0", *STRATEGIES[strategy],
+                f"trainer.precision={args.precision}", f"output_dir={args.output / 'run'}", *args.override,
+                "+callbacks.record={_target_:__main__.Record}", f"+callbacks.record.path={path}",
+            )
+        )  # fmt: skip
+        torch.distributed.barrier() if ranks > 1 else None
     leave()
 
 
@@ -178,10 +169,7 @@ def show(found: dict[str, dict[str, dict[str, float]]], args: argparse.Namespace
         table.add_row(name, *row)
     Console(width=240).print(table)
     if args.write:
-        lines = [["experiment", *columns], ["---"] * (len(columns) + 1), *([name, *row] for name, row in cells.items())]
-        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        before, _, rest = args.write.read_text().partition(MARKS[0])
-        args.write.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+        write_table(args.write, "scaling", ["experiment", *columns], [[name, *row] for name, row in cells.items()])
 
 
 if __name__ == "__main__":

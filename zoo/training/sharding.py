@@ -24,10 +24,10 @@ class ShardedStrategy(DDPStrategy):
     """Weights, gradients and optimizer states of all repeated blocks are divided among the ranks (FSDP2).
 
     A block is what stands in a ModuleList or Sequential, has a forward of its own and no such list within: a layer of a
-    transformer, a residual block. Its weights are whole only while it runs. What lies outside of blocks, embeddings and codebooks that
-    code reaches by name, is copied to each rank, and its gradients are averaged by DDP. Lightning's FSDPStrategy wraps
-    the whole module instead, whose optimizers, called within its training_step, would move weights that are dropped
-    afterwards.
+    transformer, a residual block. Its weights are whole only while it runs. What lies outside of blocks, embeddings and
+    codebooks that code reaches by name, is copied to each rank, and its gradients are averaged by DDP. Lightning's
+    FSDPStrategy wraps the whole module instead, whose optimizers, called within its training_step, would move weights
+    that are dropped afterwards.
 
     Checkpoints are whole files in the layout of one device: a run goes on from one under any strategy and number of
     ranks, and what a training saves is whole. Precisions: 32-true, bf16-mixed, bf16-true, 64-true.
