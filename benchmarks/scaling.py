@@ -1,7 +1,7 @@
 """Is a training on N ranks the training on one rank with N times the batch?
 
 Runs every tiny experiment (or those named) for some steps on the CPU, on 1, 2 and 4 ranks with the same images in all,
-with DDP and sharded, and compares with one rank: the losses and gradient norms of all steps, the weights and buffers after
+with DDP and sharded, and compares with one rank: losses and gradient norms of all steps, the weights and buffers after
 the last one, and how they moved. Every difference is relative: |a - b| / |b|, of weights over all of them.
 
     python benchmarks/scaling.py                                    # all, 20 steps; what is in --output is kept
