@@ -44,13 +44,14 @@ class ShardedStrategy(DDPStrategy):
             )
         super().setup(trainer)
 
-    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+    def configure_ddp(self) -> None:
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         for module in self._divided():
             shard(module, mesh)
-        sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)
-        return super()._setup_model(model)
+        sharded = {name for name, p in self.model.named_parameters() if isinstance(p, DTensor)}
+        if any(p.requires_grad and name not in sharded for name, p in self.model.named_parameters()):
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, sharded)
+            super().configure_ddp()
 
     def save_checkpoint(self, checkpoint: dict, filepath, storage_options=None) -> None:
         super().save_checkpoint(whole(checkpoint), filepath, storage_options)
