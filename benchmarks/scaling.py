@@ -38,6 +38,17 @@ STRATEGIES = {
         "trainer.strategy={_target_:zoo.training.sharding.ShardedStrategy,find_unused_parameters:true}",
     ],
 }
+WITH_DISCRIMINATOR = {
+    "vqgan-tiny": ["module.adversarial_weight=0.1", "+module.optimizers.discriminator=${optimizer}"],
+    "ibq-tiny": [
+        "module.adversarial_weight=0.1",
+        "module.lecam_weight=0.05",
+        "+module.optimizers.discriminator=${optimizer}",
+    ],
+    "dualtoken-tiny-1": ["module.adversarial_weight=0.75", "+module.optimizers.discriminator=${optimizer}"],
+    "karl-finetune-tiny": ["module.adversarial_weights=[[0,0.2]]", "module.discriminator_every=2"],
+}
+"""Experiments that are run with one, too, as NAME+discriminator: its weight is made of gradients."""
 MEASURES = {"loss": "loss", "norm": "gradient norm", "weights": "weights", "update": "their change"}
 
 
@@ -74,10 +85,13 @@ def work(args: argparse.Namespace) -> None:
         path = args.output / args.layout / f"{name}.pt"
         if path.is_file():
             continue
+        experiment, _, more = name.partition("+")
+        more = WITH_DISCRIMINATOR[experiment] if more else []
         train(
             bare(
-                name, f"trainer.devices={ranks}", f"data.batch_size={args.images // ranks}", "data.num_workers=0",
-                f"trainer.max_steps={args.steps}", "trainer.limit_val_batches=0", *STRATEGIES[strategy],
+                experiment, *more, f"trainer.devices={ranks}", *STRATEGIES[strategy],
+                f"data.batch_size={args.images // ranks}", "data.num_workers=0",
+                f"trainer.max_steps={args.steps}", "trainer.limit_val_batches=0",
                 f"trainer.precision={args.precision}", f"output_dir={args.output / 'run'}", *args.override,
                 "+callbacks.record={_target_:__main__.Record}", f"+callbacks.record.path={path}",
             )
@@ -138,7 +152,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="a page that receives the table")
     parser.add_argument("--layout", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.experiments = args.experiments or experiments()
+    args.experiments = args.experiments or [*experiments(), *(f"{name}+discriminator" for name in WITH_DISCRIMINATOR)]
     if args.layout:
         return work(args)
     with tempfile.TemporaryDirectory() as folder:
