@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
@@ -85,11 +85,16 @@ def blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def shard(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Divide the blocks of a module among the ranks, in place, all with the weights of the first one."""
+    """Divide the blocks of a module among the ranks, in place, all with the weights of the first one.
+
+    Methods beside forward that use a block's weights have to be named in its RUNS.
+    """
     for block in list(blocks(module)):
         for parameter in block.parameters():
             dist.broadcast(parameter.detach(), src=0)
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        for method in getattr(block, "RUNS", ()):
+            register_fsdp_forward_method(block, method)
 
 
 def gather(module: nn.Module) -> None:
