@@ -3,8 +3,8 @@
     python benchmarks/precision.py [EXPERIMENT ...] [--steps 200] [--share 0.125] [--folder outputs/precision]
 
 A run is `zoo train` with the same seed, and so with the same weights, batches and random numbers, at a share of the
-experiment's batch. Compared is the total loss of what is trained (`train/loss`), the mean over the last 20 steps. Stages
-that go on from an earlier one start from the checkpoint of their tokenizer in this repository where it fits, else from
+experiment's batch. Compared is the total loss of what is trained (`train/loss`), the mean over the last 20 steps.
+Stages that go on from an earlier one start from the checkpoint of their tokenizer in this repository where it fits, else from
 nothing. Runs that FOLDER/precision.json has are not made again; the table goes to docs/precision.md.
 """
 
@@ -39,30 +39,32 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "precision.md"
 BEGIN, END = "<!-- table of benchmarks/precision.py -->\n", "<!-- end -->\n"
 
 
+ATEN = torch.ops.aten
+ATTENTION = ATEN._scaled_dot_product_flash_attention_for_cpu.default
+SLOW = {
+    ATEN.convolution_backward.default,
+    ATEN.bmm.default,
+    ATEN.baddbmm.default,
+    ATEN.mm.default,
+    ATEN.addmm.default,
+    ATTENTION,
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default,
+}
+
+
 class WideProducts(TorchDispatchMode):
     """Products of float16 tensors summed in float32 and rounded to float16, as a GPU does it.
 
     The CPU has no fast float16 kernels for these: a backward pass of a convolution takes 100 times as long.
     """
 
-    aten = torch.ops.aten
-    SLOW = {
-        aten.convolution_backward.default,
-        aten.bmm.default,
-        aten.baddbmm.default,
-        aten.mm.default,
-        aten.addmm.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
-    }
-
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function not in self.SLOW or all(t.dtype != torch.half for t in args if isinstance(t, torch.Tensor)):
+        if function not in SLOW or all(t.dtype != torch.half for t in args if isinstance(t, torch.Tensor)):
             return function(*args, **kwargs)
         wide = tree_map_only(torch.Tensor, lambda t: t.float() if t.dtype == torch.half else t, (args, kwargs))
         half = function(*wide[0], **wide[1])
-        if function is self.aten._scaled_dot_product_flash_attention_for_cpu.default:
+        if function is ATTENTION:
             return half[0].half(), half[1]  # the logarithms of the sums stay as they are
         return tree_map_only(torch.Tensor, torch.Tensor.half, half)
 

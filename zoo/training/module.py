@@ -172,16 +172,17 @@ class TrainingModule(L.LightningModule):
                 self._unchecked.append((self.global_step, name, batch.get("key", []), read))
                 skipped |= ~norm.isfinite()
                 logs[f"gradient_norm/{name}"] = norm
-            self._log_row(logs, batch)
+            self.log_row(logs, batch_size(batch))
         if completes:
             self._finish_step(skipped, batch)
         self._log_throughput(batch_size(batch))
         if self.device.type == "cpu" or len(self._unchecked) >= self.trainer.log_every_n_steps:
             self._check_bad_steps()
 
-    def _log_row(self, logs: dict[str, Tensor | float], batch: dict) -> None:
+    def log_row(self, logs: dict[str, Tensor | float], images: int) -> None:
+        """Log scalars of the batch at hand as train/NAME, so that a resumed run has them, too."""
         logs = {f"train/{key}": value for key, value in logs.items()}
-        self.log_dict(logs, batch_size=batch_size(batch))
+        self.log_dict(logs, batch_size=images)
         self._row |= logs
 
     def _finish_step(self, skipped: Tensor, batch: dict) -> None:
@@ -194,7 +195,7 @@ class TrainingModule(L.LightningModule):
         if self._scaler is not None:
             logs["loss_scale"] = self._loss_scale
             self._scaler.update()
-        self._log_row(logs, batch)
+        self.log_row(logs, batch_size(batch))
         for scheduler in _as_list(self.lr_schedulers()):
             scheduler.step()
 

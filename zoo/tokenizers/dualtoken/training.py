@@ -91,8 +91,6 @@ class DualTokenTraining(AutoencoderTraining):
         terms = self.terms(output, values)
         loss = sum(self.weights[name] * term for name, term in terms.items() if name in self.weights)
         logs = dict(terms)
-        for name, quantized in output.quantized.items():
-            logs |= {f"perplexity_{name}": quantized.perplexity, f"usage_{name}": quantized.usage}
         counts = self.discriminator is not None and self.global_step >= self.adversarial_start
         if counts:
             self.discriminator.requires_grad_(False)  # it needs no gradient here, and under DDP must have none

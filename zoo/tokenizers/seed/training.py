@@ -253,10 +253,10 @@ class SeedCodebookTraining(SeedTraining):
         self.train()  # Lightning leaves modes as they are
 
     def losses(self, batch: dict) -> Losses:
-        terms, output = self.terms(self.tokenizer.to_values(batch["image"]), self.embedded(batch))
+        terms, _ = self.terms(self.tokenizer.to_values(batch["image"]), self.embedded(batch))
         loss = sum(terms.values())
         logs = {name: term.detach() for name, term in terms.items()}
-        yield "tokenizer", loss, logs | {"loss": loss.detach(), "perplexity": output.quantized.perplexity}
+        yield "tokenizer", loss, logs | {"loss": loss.detach()}
 
     def embedded(self, batch: dict) -> Tensor:
         """What the target says of a batch."""
