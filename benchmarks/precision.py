@@ -4,8 +4,8 @@
 
 A run is `zoo train` with the same seed, and so with the same weights, batches and random numbers, at a share of the
 experiment's batch. Compared is the total loss of what is trained (`train/loss`), the mean over the last 20 steps.
-Stages that go on from an earlier one start from the checkpoint of their tokenizer in this repository where it fits, else from
-nothing. Runs that FOLDER/precision.json has are not made again; the table goes to docs/precision.md.
+Stages that go on from an earlier one start from the checkpoint of their tokenizer in this repository where it fits,
+else from nothing. Runs that FOLDER/precision.json has are not made again; the table goes to docs/precision.md.
 """
 
 import argparse
@@ -38,7 +38,6 @@ QUIET = ("checkpoint", "best", "pictures", "progress", "ema")
 DOCUMENT = Path(__file__).parents[1] / "docs" / "precision.md"
 BEGIN, END = "<!-- table of benchmarks/precision.py -->\n", "<!-- end -->\n"
 
-
 ATEN = torch.ops.aten
 ATTENTION = ATEN._scaled_dot_product_flash_attention_for_cpu.default
 SLOW = {
@@ -50,12 +49,13 @@ SLOW = {
     ATTENTION,
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default,
 }
+"""Products, whose kernels for float16 are slow on the CPU."""
 
 
 class WideProducts(TorchDispatchMode):
     """Products of float16 tensors summed in float32 and rounded to float16, as a GPU does it.
 
-    The CPU has no fast float16 kernels for these: a backward pass of a convolution takes 100 times as long.
+    With the kernels of the CPU a backward pass of a convolution takes 100 times as long.
     """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

@@ -123,9 +123,9 @@ class CodebookHealth(L.Callback):
                 module.print(
                     f"step {trainer.global_step}: {named} has collapsed: the last {number} ids have a perplexity of "
                     f"{evenness:.1f}, below {limit:.1f} ({self.collapsed_below:g} of {size} codes), and use "
-                    f"{share:.1%} of the codes. If it does not recover, lower optimizer.lr, make codes running means that restart "
-                    "where they are not used (of the tokenizer: ema_decay, restart_below, restart), or weigh the "
-                    "quantizer's losses otherwise."
+                    f"{share:.1%} of the codes. If it does not recover, lower optimizer.lr, make codes running means "
+                    "that restart where they are not used (of the tokenizer: ema_decay, restart_below, restart), or "
+                    "weigh the losses of the quantizer otherwise."
                 )
 
     def _over_ranks(self) -> dict[str, Tensor]:
