@@ -139,7 +139,8 @@ class DualTokenTraining(AutoencoderTraining):
 
 
 def distances(name: str, given: Tensor, wanted: Tensor) -> dict[str, Tensor]:
-    """Mean squared error, and minus the mean cosine similarity of the last axis."""
+    """Mean squared error, and minus the mean cosine similarity of the last axis, in float32."""
+    given, wanted = given.float(), wanted.float()
     return {
         f"{name}_mse": F.mse_loss(given, wanted),
         f"{name}_cosine": -F.cosine_similarity(given, wanted, dim=-1).mean(),

@@ -270,7 +270,8 @@ class SeedCodebookTraining(SeedTraining):
         output = self.tokenizer(queries)
         terms = {"codebook": output.quantized.loss, "embedding": F.mse_loss(output.embedding, embedding)}
         if output.reconstruction is not None:
-            terms["queries"] = 1 - F.cosine_similarity(output.reconstruction, queries, dim=-1, eps=0.0).mean()
+            cosines = F.cosine_similarity(output.reconstruction.float(), queries.float(), dim=-1, eps=0.0)
+            terms["queries"] = 1 - cosines.mean()
         return {name: weight * terms[name] for name, weight in self.weights.items()}, output
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
