@@ -1,11 +1,12 @@
 """Do bfloat16 and float16 reach the loss of float32? Every tiny experiment, 200 steps in each, on the CPU.
 
-    python benchmarks/precision.py [EXPERIMENT ...] [--steps 200] [--share 0.125] [--folder outputs/precision]
+    python benchmarks/precision.py [EXPERIMENT ...] [--steps 200] [--share 0.125] [--folder outputs/precision] [--table]
 
 A run is `zoo train` with the same seed, and so with the same weights, batches and random numbers, at a share of the
 experiment's batch. Compared is the total loss of what is trained (`train/loss`), the mean over the last 20 steps.
 Stages that go on from an earlier one start from the checkpoint of their tokenizer in this repository where it fits,
-else from nothing. Runs that FOLDER/precision.json has are not made again; the table goes to docs/precision.md.
+else from nothing. Runs that FOLDER/precision.json has are not made again. Without names the table of all
+experiments that have their three runs goes to docs/precision.md; --table makes it of the runs that are there.
 """
 
 import argparse
@@ -127,7 +128,7 @@ def measure(name: str, precision: str, folder: Path, options: argparse.Namespace
 def lines(results: dict) -> list[list[str]]:
     """A line of the table for each experiment that has all runs."""
     table = []
-    for name, runs in results.items():
+    for name, runs in sorted(results.items()):
         if runs.keys() != PRECISIONS.keys():
             continue
         exact = runs["float32"]
@@ -148,6 +149,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--share", type=float, default=0.125, help="of the batch of the experiment")
     parser.add_argument("--folder", type=Path, default=Path("outputs/precision"))
+    parser.add_argument("--table", action="store_true", help="only of the runs that are there")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -157,10 +159,11 @@ def main() -> None:
     if {name: found[name] for name in settings} != settings:
         raise ZooError(f"{file} is of other settings than {settings}; choose another --folder.")
     results = found["results"]
-    wanted = [(name, p) for name in options.experiments or experiments() for p in PRECISIONS]
+    wanted = [] if options.table else options.experiments or experiments()
     console = Console(width=120)
     with Progress(console=console) as progress:
-        for name, precision in progress.track(wanted, description="runs"):
+        runs = [(name, precision) for name in wanted for precision in PRECISIONS]
+        for name, precision in progress.track(runs, description="runs"):
             if precision in results.setdefault(name, {}):
                 continue
             results[name][precision] = measure(name, precision, folder, options)
@@ -174,6 +177,8 @@ def main() -> None:
     if not options.experiments:
         rows = [HEADER, ["---"] * len(HEADER), *lines(results)]
         markdown = "".join("| " + " | ".join(row) + " |\n" for row in rows)
+        missing = [name for name in experiments() if name not in {row[0] for row in rows}]
+        markdown += f"\nNot measured yet: {', '.join(missing)}.\n" if missing else ""
         before, rest = DOCUMENT.read_text().split(BEGIN)
         with writing(DOCUMENT) as document:
             document.write(f"{before}{BEGIN}{markdown}{END}{rest.split(END)[1]}".encode())

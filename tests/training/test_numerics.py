@@ -9,9 +9,12 @@ import lightning as L
 import pytest
 import torch
 import torch.multiprocessing as mp
+from hydra.utils import instantiate
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
+from zoo.commands import cli
+from zoo.commands.train import precision
 from zoo.distributed import leave
 from zoo.errors import ZooError
 from zoo.nn.normalization import BatchNorm2d
@@ -204,6 +207,15 @@ def test_half_precision_learns_as_float32_does(precision):
         assert losses[-1] < 0.7 * module.values("loss")[0]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
     assert losses[1] != losses[0]  # it was another precision
+
+
+def test_float16_on_the_cpu_is_float16():
+    cfg = cli.compose("train", ["experiment=aurora-tiny", "trainer.precision=16-mixed"])
+    made = instantiate(cfg.trainer, **precision(cfg.trainer))
+    assert made.precision == "16-mixed"
+    with made.precision_plugin.forward_context():
+        assert torch.get_autocast_dtype("cpu") == torch.float16
+    assert made.precision_plugin.scaler.is_enabled()
 
 
 def run(rank=0, ranks=1, seed=0, **options):
