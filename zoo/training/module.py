@@ -160,7 +160,7 @@ class TrainingModule(L.LightningModule):
             finite = loss.detach().isfinite()
             self._finite[name] = self._finite.get(name, True) & finite
             # Gradients of a loss that is not finite are made so: their average tells the other ranks.
-            loss = loss.float() / torch.where(finite, float(self.accumulate), float("nan"))
+            loss = loss / torch.where(finite, float(self.accumulate), float("nan"))
             # With one optimizer all gradients are its own; `inputs` costs DDP a search for unused parameters.
             inputs = {} if len(optimizers) == 1 else {"inputs": _parameters(optimizer)}
             with nullcontext() if completes else self._no_sync():
