@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
@@ -58,7 +59,7 @@ def train(cfg: DictConfig) -> L.Trainer:
     data = instantiate(cfg.data)
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
     loggers = [instantiate(logger) for logger in cfg.logger.values() if logger]
-    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, **precision(cfg.trainer))
 
     if trainer.is_global_zero:
         discard_parts(output)
@@ -81,6 +82,14 @@ def train(cfg: DictConfig) -> L.Trainer:
         path = module.save(output)
         print(f"trained {trainer.global_step} steps; {path.stem}, metrics and pictures are in {output}")
     return trainer
+
+
+def precision(cfg: DictConfig) -> dict:
+    """Settings of the trainer for float16 on the CPU, which torch has and for which Lightning would take bfloat16."""
+    if cfg.accelerator != "cpu" or str(cfg.precision) not in ("16", "16-mixed"):
+        return {}
+    plugins = [instantiate(plugin) for plugin in cfg.plugins]
+    return {"precision": None, "plugins": [*plugins, MixedPrecision("16-mixed", "cpu")]}
 
 
 def resume_point(output: Path, resume: bool) -> Path | None:

@@ -84,6 +84,11 @@ class EMAQuantizer(nn.Module):
                     self._update(counts, sums, drawn)
         return Quantized(quantized, ids, loss, perplexity(counts))
 
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Number of codes at each level."""
+        return (len(self.codebook),)
+
     def encode(self, z: Tensor) -> Tensor:
         """z (..., D) -> ids (...) int64, without moving anything."""
         return nearest_code(self._scaled(z.float()), self.codebook)

@@ -90,6 +90,11 @@ class IndexQuantizer(nn.Module):
             counts = code_counts(ids.flatten(), len(self.codebook))
         return IndexQuantized(quantized.to(z.dtype), ids, loss, perplexity(counts), entropy, sample, average)
 
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Number of codes at each level."""
+        return (len(self.codebook),)
+
     def encode(self, z: Tensor) -> Tensor:
         """z (..., D) -> ids (...) int64."""
         return largest_product(z, self.codebook)

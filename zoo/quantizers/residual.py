@@ -139,6 +139,11 @@ class ResidualQuantizer(nn.Module):
         """That of a level; the same one at every level when it is shared."""
         return self.codebooks[level % len(self.codebooks)]
 
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Number of codes at each level."""
+        return tuple(len(self.codebook(level).codebook) for level in range(self.levels))
+
     def forward(self, z: Tensor) -> ResidualQuantized:
         """z (..., D), in float32 whatever the autocast."""
         with torch.autocast(z.device.type, enabled=False):

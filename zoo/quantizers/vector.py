@@ -45,6 +45,11 @@ class VectorQuantizer(nn.Module):
             counts = code_counts(ids.flatten(), len(self.codebook))
         return Quantized(quantized, ids, loss, perplexity(counts))
 
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Number of codes at each level."""
+        return (len(self.codebook),)
+
     def encode(self, z: Tensor) -> Tensor:
         """z (..., D) -> ids (...) int64."""
         return nearest_code(self._scaled(z.float()), self._scaled(self.codebook.float()))
