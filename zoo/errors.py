@@ -19,3 +19,14 @@ def nearest(name: str, names: Iterable[str]) -> str:
     if close:
         return f"; did you mean {' or '.join(close)}?"
     return f"; there are: {', '.join(names)}." if names else "."
+
+
+def one_line(error: object, length: int = 300) -> str:
+    """The first line of an error's message with something in it, which libraries follow by details for their authors."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:length]
+
+
+def shortened(value: object, length: int = 80) -> str:
+    """A value as a message shows it: what it is in one line, cut where it is long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= length else f"{text[:length]}... ({type(value).__name__})"
