@@ -50,7 +50,7 @@ def writing(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def expect_file(path: str | Path, what: str, advice: str = "check the path") -> Path:
-    """The path of a file, with ~ expanded. Raises ZooError where none is: nothing, a folder, a pipe, links in a circle."""
+    """The path of a regular file, ~ expanded. Raises ZooError for nothing, a folder, a pipe, links in a circle."""
     try:
         found = Path(path).expanduser()
         if found.is_file():

@@ -216,9 +216,9 @@ class ImageReader(nn.Module):
     """Has name, channels, image_size and size_multiple, as TokenizerInfo."""
     image_dtype: torch.dtype | None = None
     """Of the images that it is given after their check; None: that of its weights."""
-    max_pixels: int = 2**24
-    """Height x width of the largest image that is taken, so that a mistake does not fill the memory; raise it (on the
-    class or the object) for larger images."""
+    max_scale: float = 8.0
+    """The largest image that is taken has the area of a square of max_scale x image_size, so that a mistake does not
+    fill the memory; set it higher, on the object, for larger ones."""
 
     def __init__(self, config):
         super().__init__()
@@ -231,6 +231,11 @@ class ImageReader(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
+
+    @property
+    def max_pixels(self) -> int:
+        """Height x width of the largest image that is taken."""
+        return int((self.max_scale * self.info.image_size) ** 2)
 
     def check_images(self, images: Tensor) -> Tensor:
         """The images on the reader's device and in image_dtype; ZooError when they are not what it takes."""
@@ -375,10 +380,8 @@ class Tokenizer(ImageReader):
             raise ZooError(f"{info.name} has {what} alone, got {other} of {sorted(getattr(tokens, other))}, too.")
         if 0 in (shape := tuple(tokens.mask.shape)):
             raise ZooError(f"{info.name} takes at least one token of one image, got (B, N) of {shape}.")
-        if info.decodes_to != "embedding" and (pixels := shape[1] * info.image_size**2 // info.max_tokens) > (
-            most := self.max_pixels
-        ):
-            raise ZooError(f"{info.name} decodes up to {most} pixels, got {shape[1]} tokens, which stand for {pixels}.")
+        if shape[1] > (most := int(self.max_scale**2 * info.max_tokens)):
+            raise ZooError(f"{info.name} takes up to {most} tokens of an image, got {shape[1]}; or set max_scale.")
         if not (info.variable_length or tokens.mask.all()):
             dead = (~tokens.mask).sum().item()
             raise ZooError(f"every token of {info.name} is live, got a mask without {dead} of {tokens.mask.numel()}.")

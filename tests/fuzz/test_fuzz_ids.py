@@ -16,6 +16,10 @@ from zoo.vocabulary import Stream, Vocabulary
 
 TOKENIZERS = [name for _, name in shipped("tokenizer")]
 READS = "decode", "embed", "features_of", "embedding_of", "code_embeddings", "decode_embedding", "decode_features"
+CASES = (
+    *("no tokens", "stream", "extra stream", "other kind", "dtype", "shape"),
+    *("enormous", "value", "mask", "empty", "grid"),
+)
 EXTREMES = [-1, -(2**63), 2**63 - 1, 2**31, 2**32]
 
 
@@ -36,7 +40,7 @@ def wrong_tokens(draw, tokenizer):
     kind = "ids" if info.kind == "discrete" else "latents"
     stream = (info.decoded or info.streams)[0]
     made = parts(right_tokens(tokenizer))
-    values = made[kind][stream].clone()
+    values = made[kind][stream].clone(memory_format=torch.contiguous_format)
     cases = [
         "no tokens",
         "stream",

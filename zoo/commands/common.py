@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from zoo.data import Loader
-from zoo.errors import ZooError
+from zoo.errors import ZooError, shortened
 from zoo.files import write_json
 from zoo.metrics.base import Row
 from zoo.weights import sha256_of
@@ -117,9 +117,4 @@ def label(name: str, settings: dict) -> str:
 
 def expect_one_of(cfg: DictConfig, name: str, known: Iterable) -> None:
     if cfg[name] not in known:
-        raise ZooError(f"{name} must be one of {', '.join(map(str, known))}, got {cfg[name]!r}.")
-
-
-def expect_integer(cfg: DictConfig, name: str, least: int) -> None:
-    if type(cfg[name]) is not int or cfg[name] < least:
-        raise ZooError(f"{name} must be an integer of at least {least}, got {cfg[name]!r}.")
+        raise ZooError(f"{name} must be one of {', '.join(map(str, known))}, got {shortened(cfg[name])}.")

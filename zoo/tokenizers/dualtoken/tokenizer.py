@@ -283,7 +283,7 @@ class DualTokenTokenizer(Tokenizer):
 
         Of the streams that are there. Raises ZooError for ids that are not this tokenizer's.
         """
-        ids = self.check_tokens(tokens, list(tokens.ids)).ids
+        ids = self.check_tokens(tokens, ()).ids
         return {name: self.quantizers[name].embeddings(one) for name, one in ids.items()}
 
     def check_tokens(self, tokens: Tokens, streams: Sequence[str] | None = None) -> Tokens:
