@@ -42,7 +42,7 @@ class Stream:
 
         Codes may also be a grid; their range is not checked.
         """
-        codes = integers(codes, -(2**63), 2**63, f"codes of stream '{self.name}'", self.levels)
+        codes = integers(codes, -(2**63), 2**63 - 1, f"codes of stream '{self.name}'", self.levels)
         if self.levels > 1:
             codes = codes + self.size * torch.arange(self.levels, device=codes.device)
         words = (self.word.format(number) for number in codes.flatten().tolist())

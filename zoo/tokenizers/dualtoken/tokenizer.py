@@ -355,6 +355,6 @@ PRESETS = {
             ),
         ),
         "small DualToken on siglip-tiny, trained on the embedded scenes: 64 x 64 images, 64 x 4 + 64 x 4 ids of 512",
-        Weights("dualtoken-tiny.safetensors"),
+        Weights("dualtoken-tiny.safetensors", "023dff39d62584837559e156b70fb2ff503522271f9dedcc2c09dc39d35cafdd"),
     ),
 }

@@ -371,6 +371,6 @@ PRESETS = {
             latent_scale=1.0,
         ),
         "small MingTok trained on the embedded scenes: 64 x 64 images, 64 latents of 8 values, features of 192",
-        Weights("mingtok-tiny.safetensors"),
+        Weights("mingtok-tiny.safetensors", "7bea769044e073e107d667dcbb7c202abb321504224ca93b17816b65b3757390"),
     ),
 }

@@ -324,6 +324,6 @@ PRESETS = {
         FlowDecoder,
         FlowDecoderConfig(),
         "small unCLIP trained on the embedded scenes: embeddings of siglip-tiny to 64 x 64 images",
-        Weights("seed-tiny-decoder.safetensors"),
+        Weights("seed-tiny-decoder.safetensors", "5a7ba9a828a8d1a4adb867174ce309dab739472170c32a130b281e3505ee4130"),
     ),
 }

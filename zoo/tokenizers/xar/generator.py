@@ -466,6 +466,6 @@ PRESETS = {
             guidance=2.0,
         ),
         "small generator trained on the embedded scenes: 64 x 64 images by the colour that covers most",
-        Weights("xar-tiny.safetensors"),
+        Weights("xar-tiny.safetensors", "baf8195fa89dce095480fdeb8df8829c616072c2066ea03be421178dcb568cea"),
     )
 }
