@@ -452,10 +452,14 @@ def make_config(config, overrides: Mapping[str, Any]):
                 raise ZooError(f"{owner}.{name} is a {kind.__name__} here, got a {given}; choose a name made on that.")
             value = make_config(known[name], {key: one for key, one in value.items() if key != "class"})
         elif kind is tuple and isinstance(value, Sequence) and not isinstance(value, str):
-            value = tuple(value)
+            inner = {type(one) for one in known[name]}
+            value = tuple(float(one) if inner == {float} and type(one) is int else one for one in value)
+            if len(inner) == 1 and any(type(one) not in inner for one in value):
+                names = inner.pop().__name__
+                raise ZooError(f"{type(config).__name__}.{name} holds {names} alone, got {shortened(list(value))}.")
         elif kind is float and type(value) is int:
             value = float(value)
         if kind is not type(None) and type(value) is not kind:
-            raise ZooError(f"{type(config).__name__}.{name} must be of type {kind.__name__}, got {value!r}.")
+            raise ZooError(f"{type(config).__name__}.{name} must be of type {kind.__name__}, got {shortened(value)}.")
         values[name] = value
     return replace(config, **values)

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zoo.errors import ZooError, nearest, one_line, shortened
+from zoo.errors import ZooError, expect_integer, nearest, one_line, shortened
 from zoo.tokenizer import Tokens, is_plain
+
+WORD = re.compile(r"[^{}]*\{(:0?\d?d)?\}[^{}]*")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,17 @@ class Stream:
     begin: str | None = None
     end: str | None = None
     marks_first: bool = True
+
+    def __post_init__(self):
+        if not (isinstance(self.name, str) and isinstance(self.word, str) and WORD.fullmatch(self.word)):
+            raise ZooError(
+                f"a stream has a name and the template of a word with one {{}}, such as <img_{{:05d}}>, got "
+                f"{shortened(self.name)} and {shortened(self.word)}."
+            )
+        for name in ("size", "levels"):
+            expect_integer(f"{name} of stream '{self.name}'", getattr(self, name), 1, 2**31)
+        if not all(mark is None or isinstance(mark, str) for mark in (self.begin, self.end)):
+            raise ZooError(f"begin and end of stream '{self.name}' are words, or None.")
 
     def words(self) -> list[str]:
         marks = [mark for mark in (self.begin, self.end) if mark]

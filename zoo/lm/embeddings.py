@@ -115,7 +115,7 @@ class EmbeddingVision(Vision):
     @classmethod
     def load(cls, folder: Path) -> tuple[EmbeddingVision, dict]:
         state, metadata = weights.read(folder / cls.FILE)
-        about = weights.description(metadata, folder / cls.FILE, "tokenizer", "config", "num_tokens")
+        about = weights.description(metadata, folder / cls.FILE, "tokenizer", "config", "num_tokens", "bos")
         tokenizer = registry.load_tokenizer(about["tokenizer"], folder / TOKENIZER_FILE)
         if "projector.2.weight" not in state:
             raise ZooError(f"{folder / cls.FILE} has no projector.2.weight; copy it again.")

@@ -93,7 +93,7 @@ class FlowVision(Vision):
     @classmethod
     def load(cls, folder: Path) -> tuple[FlowVision, dict]:
         state, metadata = weights.read(folder / cls.FILE)
-        about = weights.description(metadata, folder / cls.FILE, "tokenizer", "config")
+        about = weights.description(metadata, folder / cls.FILE, "tokenizer", "config", "bos")
         head = FlowHead(make_config(FlowHeadConfig(), about["config"]))
         weights.load(head, state, folder / cls.FILE)
         return cls(registry.load_tokenizer(about["tokenizer"], folder / TOKENIZER_FILE), head), about
