@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo.errors import ZooError, expect_integer, nearest, one_line, shortened
 from zoo.tokenizer import Tokens, is_plain
 
-WORD = re.compile(r"[^{}]*\{(:0?\d?d)?\}[^{}]*")
+WORD = re.compile(r"[^{}]*(\{(:0?\d?d)?\})?[^{}]*")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Stream:
     def __post_init__(self):
         if not (isinstance(self.name, str) and isinstance(self.word, str) and WORD.fullmatch(self.word)):
             raise ZooError(
-                f"a stream has a name and the template of a word with one {{}}, such as <img_{{:05d}}>, got "
+                f"a stream has a name and the template of a word with {{}} at most once, such as <img_{{:05d}}>, got "
                 f"{shortened(self.name)} and {shortened(self.word)}."
             )
         for name in ("size", "levels"):
@@ -94,8 +94,8 @@ class Stream:
 
     def check_whole(self, length: int) -> None:
         """Raise ZooError where images of so many positions cannot be told from what is around them."""
-        if not (self.begin and self.end):
-            raise ZooError(f"images of stream '{self.name}' have no words around them, so that none can be found.")
+        if not (self.begin and self.end and "{" in self.word):
+            raise ZooError(f"stream '{self.name}' lacks words around an image, or numbers in them; none can be found.")
         if type(length) is not int or length < 1:
             raise ZooError(f"an image has at least 1 token, got length {shortened(length)}.")
 
