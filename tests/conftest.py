@@ -20,8 +20,8 @@ def pytest_addoption(parser):
         "--fuzz-examples",
         metavar="N",
         type=int,
-        default=20,
-        help="cases that each test of tests/fuzz tries (default: 20); the same N gives the same cases",
+        default=10,
+        help="cases that each test of tests/fuzz tries (default: 10); the same N gives the same cases",
     )
 
 

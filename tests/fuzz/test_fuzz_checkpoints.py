@@ -17,7 +17,13 @@ import zoo
 from zoo import Tokens, registry, weights
 
 SMALL = {"hidden_dim": 4, "codebook_dim": 8, "codebook_size": 16}
-BITS = st.tuples(st.integers(0, 2**20), st.integers(0, 7))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +93,22 @@ def test_a_damaged_file_is_refused_or_has_the_right_form(files, folder, made, na
         assert changed == content or len(found) == len(found.ids["depth"])
 
 
+@fuzz(data=st.data(), parts=st.dictionaries(st.sampled_from(["global_step", "train_row", "state_dict"]), JSON))
+def test_a_training_does_not_go_on_from_a_damaged_checkpoint(folder, made, data, parts):
+    path = folder / "last.ckpt"
+    whole = {"global_step": 3, "train_row": {"loss": 1.0}, "state_dict": made.state_dict(), "optimizer_states": []}
+    torch.save(whole, path)
+    path.write_bytes(damaged(data, path.read_bytes()))
+    found = attempt(progress, path)
+    assert found is None or all(torch.equal(found["state_dict"][n], t) for n, t in made.state_dict().items())
+    torch.save(whole | parts, path)
+    found = attempt(progress, path)
+    if found is not None:
+        assert isinstance(found["global_step"], int)
+        assert isinstance(found["train_row"], dict)
+        attempt(weights.expect_fit, made, found["state_dict"], path)
+
+
 def test_a_flipped_bit_in_weights_of_the_repository_is_noticed(tmp_path, monkeypatch):
     for kind, name in shipped("tokenizer", "encoder", "generator", "decoder"):
         names = next(one for one in registry.KINDS if one.kind == kind)
@@ -147,11 +169,6 @@ def test_weights_of_another_form_are_named(folder, made, changes, pt, nest):
         refused(zoo.load_tokenizer, "aurora-tiny", path, says=[path.name], **SMALL)
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=6,
-)
 OFFSETS = st.sampled_from([0, 1, 4, 8, 16, 2**31, 2**63, 2**64, -1]) | st.integers(0, 64)
 ENTRIES = st.fixed_dictionaries(
     {

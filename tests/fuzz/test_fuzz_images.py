@@ -135,7 +135,8 @@ def test_wrong_images_are_refused(kind, name, data):
 def test_right_images_are_taken(kind, name, data):
     reader = loaded(kind, name)
     images = data.draw(right_images(reader.info))
-    method = data.draw(st.sampled_from(methods(reader)))
+    slow = {"reconstruct"} if reader.info.system == "seed" else set()  # its decoder is a diffusion model
+    method = data.draw(st.sampled_from([one for one in methods(reader) if one not in slow]))
     made = attempt(getattr(reader, method), images)
     square = images.shape[2] == images.shape[3]  # of others some, as MingTok says, have features and no pixels
     if method == "encode" or (method == "reconstruct" and square):
