@@ -15,6 +15,7 @@ from safetensors.torch import save as serialize
 
 import zoo
 from zoo import Tokens, registry, weights
+from zoo.commands.train import progress
 
 SMALL = {"hidden_dim": 4, "codebook_dim": 8, "codebook_size": 16}
 
