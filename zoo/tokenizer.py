@@ -252,11 +252,10 @@ class ImageReader(nn.Module):
         height, width = images.shape[-2:]
         self.check_size(height, width, want)
         if height * width > self.max_pixels:
-            raise ZooError(f"{want} of up to {self.max_pixels} pixels, got {height} x {width}; resize, or cut it up.")
+            most = f"of up to {self.max_pixels} pixels"
+            raise ZooError(f"{want} {most}, got {height} x {width}; resize, cut it up, or set max_scale.")
         if images.numel() >= 2**31:  # which many kernels of torch cannot count
-            raise ZooError(
-                f"{want}, fewer than 2^31 values at once, got shape {tuple(images.shape)}; use less at once."
-            )
+            raise ZooError(f"{want}, fewer than 2^31 values in all, got shape {tuple(images.shape)}; split the batch.")
         low, high = (bound.item() for bound in torch.aminmax(images))
         if not (low >= 0 and high <= 1):  # false for NaN too
             raise ZooError(f"{want}, got values from {low:.4g} to {high:.4g}; rescale or clamp them.")
