@@ -149,10 +149,11 @@ def test_a_broken_line_is_refused(folder, name, words):
         ("evaluate", ["encode=-1"], "encode must be fields"),
         ("generate", ["generator.class_names=[{a:1}]"], "XARConfig.class_names holds str alone"),
         ("generate", ["dtype=[]"], "dtype must be"),
-        ("aurora", ["experiment=[aurora-tiny,kl-tiny]"], "tokenizer.codebook_dim"),
+        ("aurora", ["experiment=[aurora-tiny,kl-tiny]"], "Could not override"),
         ("aurora", ["module=null"], "module must be fields"),
-        ("aurora", ["callbacks=null"], "callbacks must be one of the group"),
+        ("aurora", ["callbacks=null"], "override must be a string or a list"),
         ("aurora", ["seed=null"], "seed must be"),
+        ("aurora", ["hydra.run.dir=/dev/null/x"], "the command line is not possible"),
         ("aurora", ["trainer.limit_train_batches=1", "trainer.val_check_interval=2"], "the training made no step"),
     ],
 )

@@ -26,8 +26,6 @@ from zoo.registry import KINDS, Registry, resource, tokenizers
 from zoo.tokenizer import config_fields
 
 KINDS_OF_FIELDS = {bool: "true or false", int: "an integer", str: "a text", DictConfig: "fields", ListConfig: "a list"}
-GROUPS = {"data", "optimizer", "schedule", "trainer", "callbacks", "logger", "metrics"}
-"""Groups of conf/ of which a command needs one."""
 MISTAKES = (HydraException, OmegaConfBaseException, ZooError, MisconfigurationException)
 
 
@@ -62,10 +60,13 @@ def run(command: str, task: Callable[[DictConfig], object], argv: list[str] | No
         if show:
             raise
         mistakes.append(error)
-    except OSError as error:
+    except Exception as error:
         if began or show:
             raise
-        mistakes.append(ZooError(f"cannot make output_dir ({one_line(error)}); choose another one."))
+        # hydra's own, of a line that it cannot compose, or of an output_dir that it cannot make
+        mistakes.append(
+            ZooError(f"the command line is not possible ({one_line(error)}); HYDRA_FULL_ERROR=1 tells more.")
+        )
     finally:
         leave()
         sys.argv = original
@@ -116,9 +117,6 @@ def check(cfg: DictConfig, command: str) -> None:
         value = node if kind in (DictConfig, ListConfig) else cfg.get(name)
         if default is not None and (type(value) is not kind or (node is not None and node._is_none())):
             raise ZooError(f"{name} must be {KINDS_OF_FIELDS[kind]}, such as {default!r}, got {shortened(value)}.")
-    for name in GROUPS & cfg.keys():
-        if not isinstance(cfg._get_node(name), DictConfig) or cfg._get_node(name)._is_none():
-            raise ZooError(f"{name} must be one of the group, {name}=NAME, got {shortened(cfg[name])}.")
     for key, node in _targets(cfg):
         try:
             target = hydra.utils.get_object(node["_target_"])
