@@ -150,7 +150,7 @@ def explain(error: Exception, command: str, overrides: list[str]) -> str:
             rest = [o for o in overrides if o.lstrip("+~").split("=")[0] != key]
             try:
                 known = _keys(compose(command, rest))
-            except MISTAKES:  # there is more than one
+            except (*MISTAKES, ValueError):  # there is more than one
                 return _line(error)
             close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
             close = close or [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]][:12]
