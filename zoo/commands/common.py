@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from zoo.data import Loader
-from zoo.errors import ZooError
+from zoo.errors import ZooError, one_line, shortened
 from zoo.files import write_json
 from zoo.metrics.base import Row
 from zoo.weights import sha256_of
@@ -32,8 +32,9 @@ def start(cfg: DictConfig) -> Fabric:
     """Lightning Fabric on cfg.device, cfg.devices and cfg.strategy, launched. Raises ZooError where they do not fit."""
     try:
         fabric = Fabric(accelerator=cfg.device, devices=cfg.devices, strategy=cfg.strategy)
-    except (ValueError, TypeError) as error:
-        raise ZooError(f"device={cfg.device} devices={cfg.devices} strategy={cfg.strategy}: {error}") from error
+    except Exception as error:  # of Lightning and torch, for what they do not know
+        asked = f"device={cfg.device} devices={cfg.devices} strategy={cfg.strategy}"
+        raise ZooError(f"{asked} are not possible here ({one_line(error)}).") from error
     fabric.launch()
     return fabric
 
@@ -116,10 +117,5 @@ def label(name: str, settings: dict) -> str:
 
 
 def expect_one_of(cfg: DictConfig, name: str, known: Iterable) -> None:
-    if cfg[name] not in known:
-        raise ZooError(f"{name} must be one of {', '.join(map(str, known))}, got {cfg[name]!r}.")
-
-
-def expect_integer(cfg: DictConfig, name: str, least: int) -> None:
-    if type(cfg[name]) is not int or cfg[name] < least:
-        raise ZooError(f"{name} must be an integer of at least {least}, got {cfg[name]!r}.")
+    if cfg[name] not in tuple(known):
+        raise ZooError(f"{name} must be one of {', '.join(map(str, known))}, got {shortened(cfg[name])}.")

@@ -25,7 +25,6 @@ from zoo.commands.common import (
     DTYPES,
     about_file,
     about_the_run,
-    expect_integer,
     expect_one_of,
     label,
     limited,
@@ -34,7 +33,7 @@ from zoo.commands.common import (
     table,
 )
 from zoo.commands.understanding import TASKS, understanding
-from zoo.errors import ZooError, nearest
+from zoo.errors import ZooError, expect_integer, nearest
 from zoo.files import write_json
 from zoo.metrics.base import Row
 from zoo.metrics.cost import Cost, timed
@@ -213,7 +212,7 @@ def check(cfg: DictConfig) -> None:
         raise ZooError(f"baseline must be true or false, got {cfg.baseline!r}.")
     for name, least in (("limit", 1), ("pictures", 0)):
         if cfg[name] is not None:
-            expect_integer(cfg, name, least)
+            expect_integer(name, cfg[name], least)
 
 
 def chosen_metrics(node: DictConfig, info: TokenizerInfo) -> dict:
