@@ -20,6 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from zoo.commands.common import started_by
 from zoo.distributed import leave
 from zoo.errors import ZooError, nearest
 from zoo.registry import KINDS, Registry, resource, tokenizers
@@ -41,8 +42,12 @@ def run(command: str, task: Callable[[DictConfig], object], argv: list[str] | No
 
     def job(cfg: DictConfig) -> None:
         sys.argv = original  # Lightning starts the other ranks with it
+        by_time = "${now:" in OmegaConf.to_container(cfg)["output_dir"]
         cfg.output_dir = HydraConfig.get().runtime.output_dir
         try:
+            launcher, started = started_by()
+            if by_time and started > 1:
+                raise ZooError(f"{launcher} started {started} processes, which share a folder; say output_dir=DIR.")
             check(cfg)
             task(cfg)
         except MISTAKES as error:  # the other jobs of a multirun go on
@@ -106,7 +111,7 @@ def check(cfg: DictConfig) -> None:
         for name, hint in hints.items():
             if name in node and not OmegaConf.is_interpolation(node, name) and not OmegaConf.is_missing(node, name):
                 _expect(f"{key}.{name}", node[name], hint)
-    for name, hint in (("seed", int), ("resume", bool), ("batch_size", int)):
+    for name, hint in (("seed", int), ("batch_size", int)):
         if name in cfg:
             _expect(name, cfg[name], hint)
 

@@ -51,18 +51,21 @@ def start(cfg: DictConfig) -> Fabric:
 
 def expect_started(devices: int, num_nodes: int) -> None:
     """Raise ZooError where torchrun or srun has started another number of processes than `devices` on each node."""
-    if TorchElasticEnvironment.detect():  # first, as it may have been started by srun
-        launcher, started = "torchrun", int(os.environ["WORLD_SIZE"])
-    elif SLURMEnvironment.detect():
-        launcher, started = "SLURM", int(os.environ["SLURM_NTASKS"])
-    else:
-        return
-    if started != devices * num_nodes:
+    launcher, started = started_by()
+    if launcher and started != devices * num_nodes:
         raise ZooError(
             f"{launcher} started {started} process{'es' * (started > 1)}, which devices={devices} on each of "
-            f"num_nodes={num_nodes} are not; give the numbers that it was given (of zoo train: trainer.devices and "
-            "trainer.num_nodes)."
+            f"num_nodes={num_nodes} are not; say how many it started (zoo train: trainer.devices, trainer.num_nodes)."
         )
+
+
+def started_by() -> tuple[str | None, int]:
+    """Who has started this process, if not a person or Lightning, and how many like it."""
+    if TorchElasticEnvironment.detect():  # first, as it may have been started by srun
+        return "torchrun", int(os.environ["WORLD_SIZE"])
+    if SLURMEnvironment.detect():
+        return "SLURM", int(os.environ["SLURM_NTASKS"])
+    return None, 1
 
 
 def seed_of(seed: int, number: int) -> int:

@@ -13,6 +13,7 @@ import itertools
 import logging
 import math
 import random
+import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from weakref import WeakValueDictionary
@@ -126,7 +127,7 @@ class Loader(DataLoader):
             prefetch_factor=AHEAD if num_workers else None,
             persistent_workers=num_workers > 0,
             collate_fn=_as_it_is,
-            worker_init_fn=_keep_memory,
+            worker_init_fn=_begin_worker,
         )
         self.training, self.max_bad_share, self.position = training, max_bad_share, 0
         self.rooms, self.guests = [], WeakValueDictionary()
@@ -455,6 +456,7 @@ def _as_it_is(batch):
     return batch
 
 
-def _keep_memory(worker: int) -> None:
-    """Pillow gives the memory of a picture back to the system, and may wait for it as long again as it decodes."""
+def _begin_worker(worker: int) -> None:
+    # Pillow gives the memory of a picture back to the system, and may wait for it as long again as it decodes
     Image.core.set_blocks_max(4)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # SLURM sends it to every process; the run ends when it can
