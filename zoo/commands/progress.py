@@ -86,8 +86,8 @@ class SharedBatches:
         return [torch.load(path, map_location=device, weights_only=True)["state"] for path in paths]
 
     def first(self) -> dict | None:
-        """The first batch, of this rank's part where it is a stream; None where there is none."""
-        loader = Loader(**self.options)
+        """The first batch of the source; None where there is none."""
+        loader = Loader(**self.options | {"num_workers": 0})
         if not self.stream:
             loader.choose(range(min(1, len(loader))))
         return next(iter(loader), None)
