@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import lightning as L
@@ -23,27 +24,46 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def torchrun(folder: Path, jobs: list[list[str]], seconds: float = 500) -> str:
+def torchrun(folder: Path, jobs: list[list[str]], seconds: float = 300) -> str:
     """Run commands, one after the other, on two "nodes" of two processes each; returns what all of them printed."""
-    (folder / "jobs.json").write_text(json.dumps(jobs))
+    (folder / "jobs.json").write_text(json.dumps([[free_port(), *job] for job in jobs]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     meeting = ["--nnodes=2", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
-    nodes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *meeting, f"--node-rank={rank}", __file__, "jobs.json"],
-            cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    output = "".join(node.communicate(timeout=seconds)[0] for node in nodes)
-    assert [node.returncode for node in nodes] == [0, 0], output
-    return output
+    log, nodes = folder / "log.txt", []
+    for rank in (0, 1):
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *meeting,
+            f"--node-rank={rank}",
+            __file__,
+            "jobs.json",
+        ]
+        with log.open("a") as output:
+            nodes.append(
+                subprocess.Popen([sys.executable, *command], cwd=folder, env=environment, stdout=output, stderr=output)
+            )
+    end = time.monotonic() + seconds
+    while any(node.poll() is None for node in nodes):
+        if time.monotonic() > end or any(node.poll() for node in nodes):  # the other one would wait for it
+            for node in nodes:
+                node.terminate()  # which ends the processes that it started
+            break
+        time.sleep(0.1)
+    assert [node.wait() for node in nodes] == [0, 0], log.read_text()
+    return log.read_text()
 
 
 def run_jobs(path: str) -> None:
-    """In each process that torchrun starts: one start of it is good for several groups of ranks, each a restart."""
-    for number, (command, *arguments) in enumerate(json.loads(Path(path).read_text())):
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+    """In each process that torchrun starts: one start of it is good for several groups of ranks.
+
+    The first meets in the store of torchrun's agent, as always, and each later one at another port.
+    """
+    for number, (port, command, *arguments) in enumerate(json.loads(Path(path).read_text())):
+        if number:
+            os.environ["MASTER_PORT"] = str(port)
+            os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
         code = importlib.import_module(f"zoo.commands.{command}").main(arguments)
         if code:
             sys.exit(code)

@@ -195,6 +195,7 @@ def test_what_was_measured_under_another_protocol_is_not_mixed(jobs, tmp_path, c
             "SLURM started 4 processes, which devices=1 on each",
         ),
         (told_by_slurm(2, 2)[0], "train", ["output_dir=null"], "SLURM started 4 processes, which share a folder"),
+        ({"SLURM_NTASKS": "4"}, "evaluate", ["devices=4"], "say --ntasks-per-node instead"),
         ({}, "train", [*TRAIN, "resume=perhaps"], "resume must be true, false or auto, got 'perhaps'"),
     ],
 )

@@ -41,9 +41,9 @@ def start(cfg: DictConfig) -> Fabric:
         strategy = fabric.strategy
         expect_started(len(strategy.parallel_devices) if isinstance(strategy, ParallelStrategy) else 1, cfg.num_nodes)
         fabric.launch()
-    except (ValueError, TypeError, RuntimeError) as error:
-        if isinstance(error, ZooError):
-            raise
+    except ZooError:
+        raise
+    except (ValueError, TypeError) as error:
         given = " ".join(f"{name}={cfg[name]}" for name in ("device", "devices", "num_nodes", "strategy"))
         raise ZooError(f"{given}: {error}") from error
     return fabric
@@ -64,7 +64,12 @@ def started_by() -> tuple[str | None, int]:
     if TorchElasticEnvironment.detect():  # first, as it may have been started by srun
         return "torchrun", int(os.environ["WORLD_SIZE"])
     if SLURMEnvironment.detect():
-        return "SLURM", int(os.environ["SLURM_NTASKS"])
+        tasks = int(os.environ["SLURM_NTASKS"])
+        if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
+            raise ZooError(
+                f"SLURM started {tasks} tasks on nodes that chose how many; say --ntasks-per-node, not --ntasks."
+            )
+        return "SLURM", tasks
     return None, 1
 
 
