@@ -29,21 +29,12 @@ def torchrun(folder: Path, jobs: list[list[str]], seconds: float = 300) -> str:
     (folder / "jobs.json").write_text(json.dumps([[free_port(), *job] for job in jobs]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     meeting = ["--nnodes=2", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *meeting]
     log, nodes = folder / "log.txt", []
     for rank in (0, 1):
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            *meeting,
-            f"--node-rank={rank}",
-            __file__,
-            "jobs.json",
-        ]
+        command = [*torchrun, f"--node-rank={rank}", __file__, "jobs.json"]
         with log.open("a") as output:
-            nodes.append(
-                subprocess.Popen([sys.executable, *command], cwd=folder, env=environment, stdout=output, stderr=output)
-            )
+            nodes.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output))
     end = time.monotonic() + seconds
     while any(node.poll() is None for node in nodes):
         if time.monotonic() > end or any(node.poll() for node in nodes):  # the other one would wait for it
