@@ -24,15 +24,15 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def torchrun(folder: Path, jobs: list[list[str]], seconds: float = 300) -> str:
+def torchrun(folder: Path, jobs: list[list[str]], seconds: float = 600) -> str:
     """Run commands, one after the other, on two "nodes" of two processes each; returns what all of them printed."""
     (folder / "jobs.json").write_text(json.dumps([[free_port(), *job] for job in jobs]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     meeting = ["--nnodes=2", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *meeting]
+    start = [sys.executable, "-m", "torch.distributed.run", *meeting]
     log, nodes = folder / "log.txt", []
     for rank in (0, 1):
-        command = [*torchrun, f"--node-rank={rank}", __file__, "jobs.json"]
+        command = [*start, f"--node-rank={rank}", __file__, "jobs.json"]
         with log.open("a") as output:
             nodes.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output))
     end = time.monotonic() + seconds
