@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
+from lightning.fabric.utilities import move_data_to_device
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -95,7 +96,7 @@ class Entry:
     @property
     def state(self) -> list[dict]:
         """Of each metric, what it has found so far."""
-        return [metric.metric_state for metric in (*self.metrics, *self.statistics)]
+        return [move_data_to_device(metric.metric_state, "cpu") for metric in (*self.metrics, *self.statistics)]
 
     def report(self, states: list[list[dict]]) -> dict:
         """Its numbers over all `states`; None for one that cannot be given, with the reason under "missing"."""
@@ -103,7 +104,7 @@ class Entry:
         for i, metric in enumerate((*self.metrics, *self.statistics)):
             metric.reset()
             for state in states:
-                metric.merge_state(state[i])
+                metric.merge_state(move_data_to_device(state[i], metric.device))
             try:
                 found = type(metric).compute(metric)  # that of the instance would ask the other ranks
                 values |= {name: float(value) for name, value in found.items()}
@@ -175,10 +176,10 @@ def reconstruction(cfg: DictConfig) -> dict:
         for entry, baseline in pairs:
             score(tokenizer, images, keys, entry, baseline, cfg.stored_as)
 
-    states, report = batches.found(fabric.device), None
-    if states is not None:
+    states, report = batches.found(), None
+    if states:
         rows = [entry.report([state[i] for state in states]) for i, entry in enumerate(entries)]
-        if count := int(rows[0]["metrics"]["images"]) if states else 0:
+        if count := int(rows[0]["metrics"]["images"]):
             images = batches.first()[info.input].to(fabric.device)
             report = {
                 "protocol": about | {"images": count, "image_size": list(images.shape[-2:])},

@@ -28,7 +28,7 @@ class SharedBatches:
     Batches of streams have no numbers: there every rank has its own part, and a later run begins again.
 
     options: of `zoo.data.Loader`.
-    state: what was found in all batches so far; tensors, numbers, texts, and lists and dicts of these.
+    state: what was found in all batches so far; tensors on the CPU, numbers, texts, and lists and dicts of these.
     Raises ZooError, on every rank, when the folder holds what was found under another protocol.
     """
 
@@ -76,14 +76,14 @@ class SharedBatches:
             yield number, batch
         self._save(self.numbers)
 
-    def found(self, device: torch.device | str = "cpu") -> list | None:
+    def found(self) -> list | None:
         """What `state` returned on each rank of each run, on the first rank; None on the others."""
         path = self._path()
         paths = on_first_rank([path] if path else [])
         if paths is None:
             return None
         paths = sorted([*self.earlier, *paths])
-        return [torch.load(path, map_location=device, weights_only=True)["state"] for path in paths]
+        return [torch.load(path, weights_only=True)["state"] for path in paths]
 
     def first(self) -> dict | None:
         """The first batch of the source; None where there is none."""
