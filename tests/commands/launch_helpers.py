@@ -15,7 +15,14 @@ import lightning as L
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("train", "evaluate", "generate", "pretokenize")
-PRELOAD = ["launch_helpers", "kill_helpers", *(f"zoo.commands.{name}" for name in COMMANDS)]
+PARTS = sorted(
+    path for name in ("tokenizer", "encoder", "generator") for path in ROOT.glob(f"zoo/tokenizers/*/{name}.py")
+)
+PRELOAD = [
+    *("launch_helpers", "pytest", "zoo.tokenizers.aurora.training", "zoo.training.checkpoints"),
+    *(f"zoo.commands.{name}" for name in COMMANDS),
+    *(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in PARTS),
+]
 
 
 def free_port() -> int:
