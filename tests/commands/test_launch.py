@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import zoo
 from zoo import registry
 from zoo.commands import evaluate, generate, pretokenize, train
+from zoo.data import Loader
 
 IMAGES, BATCH = 22, 3
 SIZES = {"grid": 4, "width": 32, "encoder_depth": 1, "decoder_depth": 1, "encoder_heads": 2, "decoder_heads": 2}
@@ -171,14 +172,19 @@ def test_killed_with_two_ranks_a_job_goes_on_with_another_number(jobs, one, tmp_
     assert_same_results(one(name), tmp_path / "out")
 
 
-def test_what_was_measured_under_another_protocol_is_not_mixed(jobs, tmp_path, capfd):
+def test_what_was_measured_is_not_measured_again_and_not_mixed_with_another_protocol(
+    jobs, one, tmp_path, capfd, monkeypatch
+):
     _, *arguments = jobs["reconstruction"]
     arguments.append(f"output_dir={tmp_path}/out")
     assert Ranks(tmp_path / "log.txt", [{}], "evaluate", *arguments, deadly=[(".pt", 2)]).codes() == [-9]
     assert evaluate.main([*arguments, "dtype=bfloat16"]) == 2
     assert "out/progress was begun with another dtype" in capfd.readouterr().err
+    choose, chosen = Loader.choose, []
+    monkeypatch.setattr(Loader, "choose", lambda self, numbers: chosen.append([*numbers]) or choose(self, numbers))
     assert evaluate.main(arguments) == 0
-    assert not (tmp_path / "out/progress").exists()
+    assert chosen == [list(range(2, -(-IMAGES // BATCH))), [0]]  # the last for the picture
+    assert_same_results(one("reconstruction"), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
