@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from zoo.errors import ZooError
 from zoo.registry import save_tokenizer
 from zoo.tokenizer import Tokenizer
 from zoo.training.schedules import constant
-from zoo.training.sharding import ShardedStrategy, split, total_norm
+from zoo.training.sharding import ShardedStrategy, blocks, split, total_norm
 
 Losses = Iterator[tuple[str, Tensor, dict[str, Tensor]]]
 
@@ -114,8 +114,10 @@ class TrainingModule(L.LightningModule):
         self.recipe = {name: self.recipe[name] for name in modules}  # the order of self.optimizers()
         total, epoch = self._run_length()
         configured = []
+        # what trainer=fsdp divides has groups of its own whatever the strategy: checkpoints are alike
+        divisible = [p for block in blocks(self) for p in block.parameters()]
         for name, module in modules.items():
-            optimizer = self.recipe[name](parameter_groups(module))
+            optimizer = self.recipe[name](parameter_groups(module, apart=divisible))
             schedule = partial(self.schedules.get(name, constant), total=total, epoch=epoch)
             configured.append(
                 {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)}
@@ -326,12 +328,18 @@ class TrainingModule(L.LightningModule):
         return min(bounds, default=-1), epoch
 
 
-def parameter_groups(module: nn.Module) -> list[dict]:
-    """All parameters that require gradients: those of two axes and more decay as the optimizer says, others never."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    matrices, vectors = ([p for p in parameters if (p.ndim < 2) == few] for few in (False, True))
-    groups = [{"params": part} for part in split(matrices)]
-    return groups + [{"params": part, "weight_decay": 0.0} for part in split(vectors)]
+def parameter_groups(module: nn.Module, apart: Collection[nn.Parameter] = ()) -> list[dict]:
+    """All parameters that require gradients: those of two axes and more decay as the optimizer says, others never.
+
+    Those in `apart` have groups of their own.
+    """
+    parameters, keys = [p for p in module.parameters() if p.requires_grad], {id(p) for p in apart}
+    groups = []
+    for few in (False, True):
+        for inside in (False, True):
+            chosen = [p for p in parameters if (p.ndim < 2) == few and (id(p) in keys) == inside]
+            groups += [{"params": chosen} | ({"weight_decay": 0.0} if few else {})] if chosen else []
+    return groups
 
 
 def moving_buffers(module: nn.Module) -> list[Tensor]:
