@@ -226,15 +226,17 @@ def _download(location: str | Path, name: str) -> Path:
 
     parts = str(location).removeprefix("hf:/").lstrip("/").split("/")
     if len(parts) < 3:
-        raise ZooError(f"a hub location is 'hf://owner/name/file' or 'hf://owner/name@commit/file', got '{location}'.")
+        raise ZooError(
+            f"a hub location is 'hf://owner/name/file' or 'hf://owner/name@commit/file', got {shortened(location)}."
+        )
     repository, revision = pinned("/".join(parts[:2]))
     try:
         return Path(hf_hub_download(repository, "/".join(parts[2:]), **revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = one_line(error)
         raise ZooError(
-            f"cannot download {location} for {name} ({type(error).__name__}: {reason}); download the file where there "
-            f"is a network and pass weights='path/to/{parts[-1]}'."
+            f"cannot download {shortened(str(location), 200)} for {name} ({type(error).__name__}: {reason}); download the "
+            f"file where there is a network and pass weights='path/to/{shortened(parts[-1])[1:-1]}'."
         ) from error
 
 
