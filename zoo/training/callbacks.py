@@ -16,7 +16,6 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
-from zoo.distributed import rank, sum_over_ranks
 from zoo.errors import ZooError
 from zoo.files import room_for, writing
 from zoo.quantizers import perplexity
@@ -49,7 +48,7 @@ class CodebookHealth(L.Callback):
     the K codes that occur); where a position has several levels, also of each as .../STREAM/LEVEL, counted from 0.
     Reports go on with the ids of the one before until these are K at least: fewer could not use all codes. A level
     whose perplexity is then below a share of K has collapsed, which is printed once until it has recovered.
-    train/collapsed_codebooks is the number of those levels.
+    train/collapsed_codebooks is the number of those levels. Ranks share what quantizers count anyway.
 
     Args:
         collapsed_below: that share, from 0 (never) to 1.
@@ -63,7 +62,7 @@ class CodebookHealth(L.Callback):
             raise ZooError(f"collapsed_below must be a share of the codes from 0 to 1, got {collapsed_below}.")
         self.collapsed_below = collapsed_below
         self._sizes: dict[str, tuple[int, ...]] = {}  # of each stream, the number of codes at each level
-        self._counts: dict[str, Tensor] = {}  # (levels, K), of this rank
+        self._counts: dict[str, Tensor] = {}  # (levels, K) int64, over all ranks
         self._collapsed: set[tuple[str, int]] = set()
         self._hooks = []
 
@@ -85,21 +84,17 @@ class CodebookHealth(L.Callback):
     def _count(self, stream: str, quantizer: nn.Module, inputs, output) -> None:
         if not quantizer.training:
             return
-        self._sizes[stream] = sizes = quantizer.codebook_sizes
-        ids = output.ids.reshape(-1, len(sizes))  # (M, levels)
-        counts = self._counts.get(stream)
-        if counts is None:
-            counts = torch.zeros(len(sizes), max(sizes), dtype=torch.int64)
-        self._counts[stream] = counts = counts.to(ids.device)
-        places = ids + max(sizes) * torch.arange(len(sizes), device=ids.device)
-        counts.view(-1).index_add_(0, places.flatten(), torch.ones_like(places).flatten())
+        counts = torch.atleast_2d(output.counts).long()
+        self._sizes[stream] = quantizer.codebook_sizes
+        self._counts[stream] = counts + self._counts[stream].to(counts.device) if stream in self._counts else counts
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         if batches % trainer.log_every_n_steps or not self._sizes:
             return
         logs = {}
-        for stream, counts in self._over_ranks().items():
+        for stream in self._sizes:
+            counts = self._counts[stream]
             levels = [count[:size] for count, size in zip(counts, self._sizes[stream], strict=True)]
             found = torch.stack([torch.stack([perplexity(level), used(level)]) for level in levels])
             whole = counts.sum(0)
@@ -110,7 +105,7 @@ class CodebookHealth(L.Callback):
             number = int(counts[0].sum())
             if number >= counts.shape[1]:
                 self._judge(trainer, module, stream, number, found.tolist())
-                self._counts[stream].zero_()
+                self._counts[stream] = torch.zeros_like(counts)
         module.log_row(logs | {"collapsed_codebooks": float(len(self._collapsed))}, batch_size(batch))
 
     def _judge(self, trainer, module, stream: str, number: int, found: list[list[float]]) -> None:
@@ -131,15 +126,12 @@ class CodebookHealth(L.Callback):
                     "weigh the losses of the quantizer otherwise."
                 )
 
-    def _over_ranks(self) -> dict[str, Tensor]:
-        return dict(zip(self._counts, sum_over_ranks(*self._counts.values()), strict=True)) if self._counts else {}
-
     def state_dict(self) -> dict:
-        counts = {stream: counts.cpu() for stream, counts in self._over_ranks().items()}
+        counts = {stream: counts.cpu() for stream, counts in self._counts.items()}
         return {"counts": counts, "collapsed": sorted(self._collapsed)}
 
     def load_state_dict(self, state: dict) -> None:
-        self._counts = {stream: counts * (rank() == 0) for stream, counts in state["counts"].items()}
+        self._counts = dict(state["counts"])
         self._collapsed = set(state["collapsed"])
 
 
