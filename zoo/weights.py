@@ -235,8 +235,8 @@ def _download(location: str | Path, name: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = one_line(error)
         raise ZooError(
-            f"cannot download {shortened(str(location), 200)} for {name} ({type(error).__name__}: {reason}); download the "
-            f"file where there is a network and pass weights='path/to/{shortened(parts[-1])[1:-1]}'."
+            f"cannot download {shortened(str(location), 200)} for {name} ({type(error).__name__}: {reason}); download "
+            f"the file where there is a network and pass weights='path/to/{shortened(parts[-1])[1:-1]}'."
         ) from error
 
 
