@@ -20,7 +20,7 @@ from lightning.fabric.strategies import ParallelStrategy
 from omegaconf import DictConfig
 from rich.table import Table
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, one_line, shortened
 from zoo.files import write_json
 from zoo.metrics.base import Row
 from zoo.weights import sha256_of
@@ -38,14 +38,12 @@ def start(cfg: DictConfig) -> Fabric:
     """
     try:
         fabric = Fabric(accelerator=cfg.device, devices=cfg.devices, num_nodes=cfg.num_nodes, strategy=cfg.strategy)
-        strategy = fabric.strategy
-        expect_started(len(strategy.parallel_devices) if isinstance(strategy, ParallelStrategy) else 1, cfg.num_nodes)
-        fabric.launch()
-    except ZooError:
-        raise
-    except (ValueError, TypeError) as error:
-        given = " ".join(f"{name}={cfg[name]}" for name in ("device", "devices", "num_nodes", "strategy"))
-        raise ZooError(f"{given}: {error}") from error
+    except Exception as error:  # of Lightning and torch, for what they do not know
+        asked = " ".join(f"{name}={cfg[name]}" for name in ("device", "devices", "num_nodes", "strategy"))
+        raise ZooError(f"{asked} are not possible here ({one_line(error)}).") from error
+    strategy = fabric.strategy
+    expect_started(len(strategy.parallel_devices) if isinstance(strategy, ParallelStrategy) else 1, cfg.num_nodes)
+    fabric.launch()
     return fabric
 
 
@@ -148,10 +146,5 @@ def label(name: str, settings: dict) -> str:
 
 
 def expect_one_of(cfg: DictConfig, name: str, known: Iterable) -> None:
-    if cfg[name] not in known:
-        raise ZooError(f"{name} must be one of {', '.join(map(str, known))}, got {cfg[name]!r}.")
-
-
-def expect_integer(cfg: DictConfig, name: str, least: int) -> None:
-    if type(cfg[name]) is not int or cfg[name] < least:
-        raise ZooError(f"{name} must be an integer of at least {least}, got {cfg[name]!r}.")
+    if cfg[name] not in tuple(known):
+        raise ZooError(f"{name} must be one of {', '.join(map(str, known))}, got {shortened(cfg[name])}.")

@@ -28,7 +28,6 @@ from zoo.commands.common import (
     about_file,
     about_the_run,
     decisive,
-    expect_integer,
     expect_one_of,
     label,
     preparation,
@@ -37,7 +36,7 @@ from zoo.commands.common import (
 )
 from zoo.commands.progress import SharedBatches
 from zoo.commands.understanding import TASKS, understanding
-from zoo.errors import ZooError, nearest
+from zoo.errors import ZooError, expect_integer, nearest
 from zoo.files import write_json
 from zoo.metrics.base import Row
 from zoo.metrics.cost import Cost, timed
@@ -250,8 +249,8 @@ def check(cfg: DictConfig) -> None:
         raise ZooError(f"baseline must be true or false, got {cfg.baseline!r}.")
     for name, least in (("limit", 1), ("pictures", 0)):
         if cfg[name] is not None:
-            expect_integer(cfg, name, least)
-    expect_integer(cfg, "save_every", 0)
+            expect_integer(name, cfg[name], least)
+    expect_integer("save_every", cfg.save_every, 0)
 
 
 def chosen_metrics(node: DictConfig, info: TokenizerInfo) -> dict:

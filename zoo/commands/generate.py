@@ -17,8 +17,8 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from zoo.commands import cli
-from zoo.commands.common import DTYPES, about_file, about_the_run, claim, expect_integer, expect_one_of, seed_of, start
-from zoo.errors import ZooError, nearest
+from zoo.commands.common import DTYPES, about_file, about_the_run, claim, expect_one_of, seed_of, start
+from zoo.errors import ZooError, expect_integer, nearest
 from zoo.files import write_json, writing
 from zoo.metrics.generated import frechet_distance, inception_score, read_reference
 from zoo.registry import generators, load_generator, load_tokenizer, tokenizers
@@ -38,7 +38,7 @@ def generate(cfg: DictConfig) -> dict:
     """
     expect_one_of(cfg, "dtype", DTYPES)
     for name, least in (("num_images", 1), ("batch_size", 1), ("seed", 0)):
-        expect_integer(cfg, name, least)
+        expect_integer(name, cfg[name], least)
     generator = load_generator(cfg.generator.name, cfg.weights, **cli.changed_fields(cfg.generator, generators))
     tokenizer = load_tokenizer(generator.config.tokenizer, cfg.tokenizer_weights)
     check_space(generator, tokenizer)

@@ -16,10 +16,10 @@ from rich.progress import Progress
 from torch import Tensor
 
 from zoo.commands import cli
-from zoo.commands.common import DTYPES, about_file, about_the_run, claim, expect_integer, expect_one_of, start
+from zoo.commands.common import DTYPES, about_file, about_the_run, claim, expect_one_of, start
 from zoo.data import Loader
 from zoo.distributed import on_first_rank
-from zoo.errors import ZooError
+from zoo.errors import ZooError, expect_integer
 from zoo.files import write_json, writing
 from zoo.registry import load_tokenizer, tokenizers
 from zoo.tokenizer import Tokenizer
@@ -38,7 +38,7 @@ def pretokenize(cfg: DictConfig) -> dict:
     expect_one_of(cfg, "dtype", DTYPES)
     expect_one_of(cfg, "split", ("train", "val"))
     expect_one_of(cfg, "array_dtype", ("float16", "float32"))
-    expect_integer(cfg, "num_shards", 1)
+    expect_integer("num_shards", cfg.num_shards, 1)
     tokenizer = load_tokenizer(cfg.tokenizer.name, weights=cfg.weights, **cli.changed_fields(cfg.tokenizer))
     data = instantiate(OmegaConf.to_container(cfg.data, resolve=True))
     source = data.train if cfg.split == "train" else data.val
