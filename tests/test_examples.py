@@ -13,7 +13,7 @@ SCRIPTS = {
     "load_and_reconstruct": (["--count=2"], "reconstructions.png", "ids (2, 64) of 512 codes"),
     "compare_lengths": (["--count=2"], "lengths.png", "quality 0.12: tokens of each image"),
     "tokens_to_language_model": ([], "images_as_words.png", "are those that were put in: True"),
-    "zero_shot": (["--count=2"], "zero_shot.png", "siglip-tiny: the caption of a scene is the nearest of 64 for 9"),
+    "zero_shot": (["--count=2"], "zero_shot.png", "siglip-tiny: the caption of a scene is the nearest of 64 for "),
     "generate": (["--count=2", "--num-steps=3"], "generated.png", "a row for each of blue, red"),
     "train_from_python": (["--steps=3", "--batch-size=4"], "trained.png", "dB after 3 steps"),
     "tokenize_dataset": ([], "decoded.png", "val-000000: "),
