@@ -1,6 +1,5 @@
 """The pages of the site: files of the repository, each at its own path, so that one link serves both."""
 
-from fnmatch import fnmatch
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -18,7 +17,9 @@ PARTS = (
 def on_config(config: MkDocsConfig) -> None:
     """Put in place of each pattern of the nav what matches it and is named nowhere else."""
     named = {entry for entry in flat(config.nav) if "*" not in entry}
-    pages = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.md"))
+
+    def matches(pattern: str) -> list[str]:
+        return sorted({path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern)} - named)
 
     def expanded(entries: list) -> list:
         found = []
@@ -26,7 +27,7 @@ def on_config(config: MkDocsConfig) -> None:
             if isinstance(entry, dict):
                 found.append({title: expanded(one) if isinstance(one, list) else one for title, one in entry.items()})
             elif "*" in entry:
-                found += [p for p in pages if fnmatch(p, entry) and p.count("/") == entry.count("/") and p not in named]
+                found += matches(entry)
             else:
                 found.append(entry)
         return found
