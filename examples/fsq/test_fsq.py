@@ -93,7 +93,7 @@ def test_installed_it_is_listed_trained_and_evaluated_like_any_other(tmp_path):
         done = subprocess.run(
             [sys.executable, "-m", "zoo", *arguments],
             cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True,
-            timeout=300, check=False,
+            timeout=900, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
