@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from fsq.tokenizer import PRESETS
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
@@ -99,6 +100,8 @@ def with_example():
         patch.setattr(cli, "store_presets", lambda: None)
         patch.setattr(cli, "run", lambda command, task, argv: compose(command, *argv))
         yield
+    for name in added:
+        del ConfigStore.instance().repo["tokenizer"][f"{name}.yaml"]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if fences(page, *BASH)])
