@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := outputs/aurora-tiny-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test lint bench clean
+.PHONY: train test lint bench docs clean
 
 train: .venv/installed
 	$(BIN)/python train.py experiment=aurora-tiny trainer.max_steps=700 callbacks.ema.decay=0.97 output_dir=$(RUN)
@@ -20,11 +20,14 @@ lint: .venv/installed
 bench: .venv/installed
 	for script in $(filter-out benchmarks/precision.py,$(wildcard benchmarks/[!_]*.py)); do $(BIN)/python $$script || exit 1; done
 
+docs: .venv/installed
+	$(BIN)/mkdocs build --strict
+
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --progress-bar off -e '.[dev,render]'
+	$(BIN)/python -m pip install --progress-bar off -e '.[dev,docs,render]'
 	touch $@
 
 clean:
-	rm -rf .venv outputs
+	rm -rf .venv outputs site

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import zoo
-from zoo import ZooError
-from zoo.registry import KINDS, preset, presets
+from zoo import Preset, ZooError
+from zoo.registry import KINDS, Registry, preset, presets
 from zoo.tokenizer import config_fields, make_config
 
 
@@ -141,3 +141,48 @@ def test_parts_can_begin_anew(tmp_path):
     assert all(equal for name, equal in same.items() if not name.startswith(f"{part}."))
     with pytest.raises(ZooError, match="aurora-tiny has no part 'encode'"):
         zoo.load_tokenizer("aurora-tiny", tmp_path / "mine.safetensors", fresh=["encode"])
+
+
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        ({}, "the package 'another' adds tokenizers .* cannot be imported .* uninstall another-zoo"),
+        (
+            {"__init__.py": "", "tokenizer.py": "from zoo.tokenizers.kl.tokenizer import PRESETS"},
+            "the package 'another' adds 'kl-f16', a name that is taken; rename it",
+        ),
+    ],
+)
+def test_a_package_that_cannot_add_its_names_is_named(tmp_path, monkeypatch, files, complaint):
+    """What installing it leaves on the path; examples/fsq has a test of one that can."""
+    about = {"METADATA": "Name: another-zoo\nVersion: 1\n", "entry_points.txt": "[zoo.tokenizers]\nx = another\n"}
+    for folder, contents in {"another": files, "another_zoo-1.dist-info": about}.items():
+        (tmp_path / folder).mkdir()
+        for name, text in contents.items():
+            (tmp_path / folder / name).write_text(text)
+    if not files:
+        (tmp_path / "another").rmdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ZooError, match=complaint):
+        Registry("tokenizer").presets()
+    for module in [name for name in sys.modules if name.split(".")[0] == "another"]:
+        monkeypatch.delitem(sys.modules, module)
+
+
+def test_a_file_of_other_names_for_a_system_without_published_ones_is_refused_by_name(tmp_path):
+    class Mine(torch.nn.Module):
+        """Lives in this file, which is in no package."""
+
+        def __init__(self, config):
+            super().__init__()
+            self.config, self.info = config, preset("kl-tiny").tokenizer(config).info
+            self.layer = torch.nn.Linear(2, 2)
+
+    registry = Registry("tokenizer")
+    registry.register("mine-test", Preset(Mine, preset("kl-tiny").config, "mine"))
+    torch.save({"other.weight": torch.zeros(2, 2)}, tmp_path / "other.pt")
+    with pytest.raises(ZooError, match="layer"):
+        registry.load("mine-test", tmp_path / "other.pt")
+    made = registry.create("mine-test")
+    zoo.save_tokenizer(made, tmp_path / "mine.safetensors")
+    assert torch.equal(registry.load("mine-test", tmp_path / "mine.safetensors").layer.weight, made.layer.weight)

@@ -8,6 +8,7 @@ import importlib.util
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +24,8 @@ from zoo.tokenizer import Preset, Weights, config_fields, make_config
 class Registry:
     """Names of one kind: "tokenizer", "generator", "encoder" or "decoder".
 
-    A name is a Preset in the PRESETS of a file called like the kind, in any folder under zoo/tokenizers.
+    A name is a Preset in the PRESETS of a file called like the kind, in any folder under zoo/tokenizers, or in an
+    installed package that names itself in the entry points "zoo.tokenizers".
     """
 
     def __init__(self, kind: str):
@@ -32,14 +34,27 @@ class Registry:
         self._registered: dict[str, Preset] = {}
 
     def presets(self) -> dict[str, Preset]:
-        """Every name: those of the package, and what `register` added."""
+        """Every name: those of the package and of packages beside it, and what `register` added.
+
+        Raises ZooError for a package beside it that cannot be imported, or has a name that is taken.
+        """
         if self._shipped is None:
             import zoo.tokenizers
 
             found: dict[str, Preset] = {}
             for folder in pkgutil.iter_modules(zoo.tokenizers.__path__, "zoo.tokenizers."):
-                if importlib.util.find_spec(module := f"{folder.name}.{self.kind}"):
-                    found |= importlib.import_module(module).PRESETS
+                found |= presets_in(f"{folder.name}.{self.kind}")
+            for package in entry_points(group="zoo.tokenizers"):
+                try:
+                    added = presets_in(f"{package.value}.{self.kind}")
+                except ImportError as error:
+                    raise ZooError(
+                        f"the package '{package.value}' adds tokenizers to the zoo and cannot be imported ({error}); "
+                        f"mend it, or uninstall {package.dist.name}."
+                    ) from error
+                if taken := sorted(found.keys() & added.keys()):
+                    raise ZooError(f"the package '{package.value}' adds '{taken[0]}', a name that is taken; rename it.")
+                found |= added
             self._shipped = found
         return self._shipped | self._registered
 
@@ -113,7 +128,7 @@ class Registry:
         published = None if "zoo" in metadata else self._published(name, state, overrides)
         if "zoo" in metadata:
             stored = files.description(metadata, path, "system", "config")
-            system = chosen.tokenizer.__module__.split(".")[-2]
+            system = system_of(chosen.tokenizer)
             if stored["system"] != system:
                 raise ZooError(f"{path} holds the system '{stored['system']}', and {name} is of another.")
             overrides = stored["config"] | overrides
@@ -131,8 +146,9 @@ class Registry:
         """The names of the authors, where those in a file are not ours."""
         with torch.device("meta"):  # only to see our names
             known = self._make(name, overrides).state_dict().keys()
-        system = self.preset(name).tokenizer.__module__.rsplit(".", 1)[0]
-        return None if state.keys() <= known else importlib.import_module(f"{system}.published")
+        package = self.preset(name).tokenizer.__module__.rpartition(".")[0]
+        has_names = bool(package) and importlib.util.find_spec(f"{package}.published")
+        return importlib.import_module(f"{package}.published") if has_names and not state.keys() <= known else None
 
     def with_weights(self, made: Any, weights: str | Path | None = None) -> Any:
         """What `load` gives for the name and the configuration of something made."""
@@ -150,6 +166,16 @@ class Registry:
         return files.locate(registered if weights is None else weights, name)
 
 
+def presets_in(module: str) -> dict[str, Preset]:
+    """PRESETS of a module; none where its package has no such module. Raises ImportError without the package."""
+    return importlib.import_module(module).PRESETS if importlib.util.find_spec(module) else {}
+
+
+def system_of(kind: type) -> str:
+    """The package that a class lives in: "aurora" of zoo.tokenizers.aurora.tokenizer."""
+    return kind.__module__.split(".")[-2:][0]
+
+
 def with_fresh(state: Mapping[str, Tensor], made: nn.Module, parts: Sequence[str]) -> dict[str, Tensor]:
     """The state, its entries of some parts replaced by those of what was made. Raises ZooError for unknown parts."""
     own = made.state_dict()
@@ -162,7 +188,7 @@ def with_fresh(state: Mapping[str, Tensor], made: nn.Module, parts: Sequence[str
 
 def save(made: nn.Module, path: str | Path) -> None:
     """Write what a registry made as one safetensors file that `load(name, weights=path)` reads, sizes included."""
-    system = type(made).__module__.split(".")[-2]
+    system = system_of(type(made))
     about = {"name": made.info.name, "system": system, "config": config_fields(made.config)}
     files.save(path, made.state_dict(), about)
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from zoo.errors import ZooError
-from zoo.registry import KINDS, has_weights
+from zoo.registry import KINDS, has_weights, system_of
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     table = Table(whole, Column("system", no_wrap=True), "what", Column("weights", no_wrap=True))
     for registry, name in found:
         chosen = registry.preset(name)
-        system = chosen.tokenizer.__module__.split(".")[-2]
+        system = system_of(chosen.tokenizer)
         where = "by name" if has_weights(chosen) else "your file" if chosen.weights else "none"
         table.add_row(name, system, chosen.description, where)
     Console().print(table)
