@@ -111,6 +111,20 @@ class Tokens:
             index = [index]
         return self._map(lambda tensor: tensor[index])
 
+    @staticmethod
+    def cat(tokens: Sequence[Tokens]) -> Tokens:
+        """Several batches as one. Raises ZooError when they are not of one form."""
+        first = tokens[0]
+        forms = {(*one.ids, *one.latents, one.grid, one.mask.shape[1:]) for one in tokens}
+        if len(forms) > 1:
+            raise ZooError(f"only Tokens of the same streams, sizes and grid are one batch, got {sorted(map(str, forms))}.")
+        return Tokens(
+            {name: torch.cat([one.ids[name] for one in tokens]) for name in first.ids},
+            {name: torch.cat([one.latents[name] for one in tokens]) for name in first.latents},
+            torch.cat([one.mask for one in tokens]),
+            first.grid,
+        )
+
     @property
     def lengths(self) -> Tensor:
         """(B,) int64: live tokens of each image."""
@@ -129,6 +143,10 @@ class Tokens:
 
     def cpu(self) -> Tokens:
         return self.to("cpu")
+
+    def pin_memory(self) -> Tokens:
+        """In page-locked memory, as a DataLoader(pin_memory=True) asks for."""
+        return self._map(Tensor.pin_memory)
 
     def save(self, path) -> None:
         """Write to a safetensors file that Tokens.load reads."""
