@@ -128,12 +128,17 @@ class Registry:
         changed = {name: value for name, value in config_fields(made.config).items() if value != known[name]}
         return self.load(made.info.name, weights, **changed)
 
+    def ships(self, name: str) -> bool:
+        """Whether the weights of a name are a file in checkpoints/."""
+        weights = self.preset(name).weights
+        return bool(weights and weights.location and not weights.location.startswith("hf://"))
+
     def weights_path(self, name: str, weights: str | Path | Weights | None = None) -> Path:
         """The file that `load` reads for these arguments, downloaded if need be."""
         registered = self.preset(name).weights
         if weights is None and registered is None:
             raise ZooError(f"no weights are published for {name}; train it, or pass weights='path/to/a/file'.")
-        if weights is None and registered.location and not registered.location.startswith("hf://"):
+        if weights is None and self.ships(name):
             registered = replace(registered, location=str(resource("checkpoints") / registered.location))
         return files.locate(registered if weights is None else weights, name)
 

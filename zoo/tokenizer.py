@@ -114,10 +114,12 @@ class Tokens:
     @staticmethod
     def cat(tokens: Sequence[Tokens]) -> Tokens:
         """Several batches as one. Raises ZooError when they are not of one form."""
-        first = tokens[0]
-        forms = {(*one.ids, *one.latents, one.grid, one.mask.shape[1:]) for one in tokens}
+        first, forms = tokens[0], set()
+        for one in tokens:
+            streams = one.ids | one.latents
+            forms.add((one.grid, *((name, *tensor.shape[1:]) for name, tensor in streams.items())))
         if len(forms) > 1:
-            raise ZooError(f"only Tokens of the same streams, sizes and grid are one batch, got {sorted(map(str, forms))}.")
+            raise ZooError(f"only Tokens of one form are one batch, got grids and streams {sorted(map(str, forms))}.")
         return Tokens(
             {name: torch.cat([one.ids[name] for one in tokens]) for name in first.ids},
             {name: torch.cat([one.latents[name] for one in tokens]) for name in first.latents},

@@ -162,6 +162,8 @@ def about_shards(paths: list[Path], size_field: str) -> dict:
                     sizes["source"] += json.loads(read(start, size))[size_field]
         shards[path.name] = {"samples": found["json"], "bytes": path.stat().st_size, "sha256": sha256_of(path)}
     samples = sum(shard["samples"] for shard in shards.values())
+    if not samples:
+        raise ZooError("the data has no image that can be read; there is nothing to tokenise.")
     sizes["shards"] = sum(shard["bytes"] for shard in shards.values())
     return {
         "samples": samples,

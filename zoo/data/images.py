@@ -68,8 +68,9 @@ class Decoder:
         return self.flip or self.crop in ("random", "resized")
 
     def __call__(self, raw: dict, depth: str, squash: bool, rng: random.Random | None = None) -> dict:
-        """{"key": str, "image": (3, H, W) bytes, or float in [0, 1], "depth": (1, H, W) float in [0, 1], the arrays
-        of "tokens" by their names, other arrays as in `as_numbers`, others as they are}. depth, squash: of the source. BadSample for what cannot be made."""
+        """{"key": str, "image": (3, H, W) bytes, or float in [0, 1], "depth": (1, H, W) float in [0, 1], the arrays of
+        "tokens" by their names, other arrays as in `as_numbers`, others as they are}. depth, squash: of the source.
+        BadSample for what cannot be made."""
         sample, record = {"key": raw["__key__"]}, None
         try:
             for field in self.fields:

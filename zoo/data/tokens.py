@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.utils.data import Dataset
 from zoo import registry
 from zoo.data.images import Decoder, as_numbers, npy_header
 from zoo.data.sources import BadSample, Tars, open_file
-from zoo.data.tars import members, split_name
+from zoo.data.tars import members
 from zoo.errors import ZooError
 from zoo.tokenizer import Tokens
 from zoo.weights import sha256_of
@@ -42,7 +43,8 @@ class TokenDataset(Tars, Dataset):
         folder: output_dir of `zoo pretokenize`.
         fields: what else of each sample: fields that the data had (data.fields), or "moments".
         tokenizer: the name that the tokens must be of; None: any.
-        weights: the file that they must be of, where it is not the one registered for that name.
+        weights: the file that they must have been made with; None: what the zoo has in its checkpoints for the name of
+            `tokenizer`, if anything.
         flip: of the two views that `zoo pretokenize flip=true` wrote, one at random (torch's generator); else the
             image as it was.
         verify: compare the SHA-256 of every shard with the manifest now, which reads all of it.
@@ -86,6 +88,8 @@ class TokenDataset(Tars, Dataset):
         """Raise ZooError where the tokens are not of that tokenizer, or were not made with these weights."""
         if (name := self.manifest["tokenizer"]["name"]) != tokenizer:
             raise ZooError(f"{self.folder} holds tokens of {name}, expected {tokenizer}; choose that, or other tokens.")
+        if weights is None and not registry.tokenizers.ships(tokenizer):
+            return
         path = registry.tokenizers.weights_path(tokenizer, weights)
         if (found := sha256_of(path)) != (used := self.manifest["protocol"]["weights"]["sha256"]):
             raise ZooError(
@@ -98,11 +102,11 @@ class TokenDataset(Tars, Dataset):
         return np.array([about["samples"] for about in self.manifest["shards"].values()], np.int64)
 
     @cached_property
-    def ends(self) -> np.ndarray:
-        return self.sizes.cumsum()
+    def ends(self) -> list[int]:
+        return self.sizes.cumsum().tolist()
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return self.ends[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One sample, its tokens a batch of one."""
@@ -127,8 +131,8 @@ class TokenDataset(Tars, Dataset):
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         index %= len(self)
-        unit = int(np.searchsorted(self.ends, index, side="right"))
-        return unit, index - int(self.ends[unit] - self.sizes[unit])
+        unit = bisect_right(self.ends, index)
+        return unit, index - (self.ends[unit - 1] if unit else 0)
 
     @staticmethod
     def collate(samples: dict[str, Any] | Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -165,7 +169,7 @@ class TokenDataset(Tars, Dataset):
         name = span[:100].rstrip(b"\0").decode()
         if span[156:157] == b"x":  # a long name, or one beyond ASCII
             name = next(members(lambda at, size: span[at : at + size], 0, len(span)))[1]
-        raw = {"__key__": split_name(name)[0], "__url__": path, "__tokens__": self.arrays}
+        raw = {"__key__": name.removesuffix(f".{self.members[0]}"), "__url__": path, "__tokens__": self.arrays}
         places = zip(self.members, starts, ends, strict=True)
         return raw | {member: span[start - heads[0] : end - heads[0]] for member, start, end in places}
 
@@ -230,7 +234,7 @@ def member_table(path: str, names: Sequence[str], count: int) -> tuple[np.ndarra
 
 
 def read_npys(files: Sequence[bytes], name: str) -> np.ndarray:
-    """The arrays (B, ...) in .npy files of one shape and type, as in `as_numbers`. Raises ZooError where they differ."""
+    """The arrays (B, ...) in .npy files of one shape and type, as `as_numbers` has them. Raises ZooError."""
     shape, _, dtype, start = npy_header(files[0])
     if not all(len(file) == len(files[0]) and file.startswith(files[0][:start]) for file in files):
         raise ZooError(f"the arrays {name} differ in their shape or type and are no batch; take batch_size=1.")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.registry import save_tokenizer
-from zoo.tokenizer import Tokenizer
+from zoo.tokenizer import Tokenizer, Tokens
 from zoo.training.schedules import constant
 
 Losses = Iterator[tuple[str, Tensor, dict[str, Tensor]]]
@@ -259,7 +259,7 @@ def parameter_groups(module: nn.Module) -> list[dict]:
 
 def batch_size(batch: dict) -> int:
     """Number of samples of a batch."""
-    return len(next(value for value in batch.values() if isinstance(value, Tensor)))
+    return len(next(value for value in batch.values() if isinstance(value, (Tensor, Tokens))))
 
 
 def _parameters(optimizer) -> list[nn.Parameter]:
