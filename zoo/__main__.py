@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import sys
 
 import zoo.commands
 from zoo.errors import ZooError, nearest
+from zoo.registry import resource
 
 COMMANDS = sorted({m.name for m in pkgutil.iter_modules(zoo.commands.__path__)} - {"cli", "common", "understanding"})
 USAGE = f"usage: zoo COMMAND ...\n\ncommands: {', '.join(COMMANDS)}; `zoo COMMAND --help` tells more."
 
 
 def main() -> int:
+    if sys.argv[1:2] in (["-sc"], ["--shell-completion"]):
+        return complete(sys.argv[1:])
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -26,6 +30,17 @@ def main() -> int:
     except ZooError as error:
         print(f"zoo {command}: {error}", file=sys.stderr)
         return 2
+
+
+def complete(argv: list[str]) -> int:
+    """Hydra's completion (`zoo -sc install=bash`), which knows no commands: the line to complete is in COMP_LINE."""
+    command, space, _ = os.environ.get("COMP_LINE", "zoo train ").lstrip().partition(" ")[2].lstrip().partition(" ")
+    if not space:  # it is the command that is written
+        print(" ".join(name for name in COMMANDS if name.startswith(command)))
+    elif command in COMMANDS and (resource("conf") / f"{command}.yaml").is_file():
+        os.environ["COMP_LINE"] = os.environ.get("COMP_LINE", "").lstrip().partition(" ")[2]
+        return importlib.import_module(f"zoo.commands.{command}").main(argv)
+    return 0
 
 
 if __name__ == "__main__":

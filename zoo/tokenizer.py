@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError, nearest
 from zoo.files import writing
+from zoo.hub import HubModel
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ class Preset:
     licence: str = "Apache-2.0"
 
 
-class ImageReader(nn.Module):
+class ImageReader(HubModel, nn.Module):
     """Base of what reads images: a configuration, an `info`, and the check of images that comes before all else.
 
     Images are float (B, C, H, W) in [0, 1]; each reader normalises for itself.
@@ -304,7 +305,7 @@ class ImageReader(nn.Module):
         return f"name={self.info.name!r}"
 
 
-class Tokenizer(ImageReader):
+class Tokenizer(ImageReader, pipeline_tag="image-feature-extraction"):
     """Base of all tokenizers. A system sets `info` and writes `_encode`, `_decode` and, if it has them, `_features`,
     and `_encode_image` and `_encode_text`, which give embeddings before they are normalised.
 

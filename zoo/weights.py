@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.files import writing
-from zoo.hub import pinned
+from zoo.hub import file_of, pinned
 from zoo.tokenizer import Weights
 
 NESTS = ("ema", "model_ema", "ema_state_dict", "state_dict", "model", "module", "weights", "params")
@@ -157,21 +157,12 @@ def sha256_of(path: Path) -> str:
 
 
 def _download(location: str | Path, name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     parts = str(location).removeprefix("hf:/").lstrip("/").split("/")
     if len(parts) < 3:
         raise ZooError(f"a hub location is 'hf://owner/name/file' or 'hf://owner/name@commit/file', got '{location}'.")
     repository, revision = pinned("/".join(parts[:2]))
-    try:
-        return Path(hf_hub_download(repository, "/".join(parts[2:]), **revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ZooError(
-            f"cannot download {location} for {name} ({type(error).__name__}: {reason}); download the file where there "
-            f"is a network and pass weights='path/to/{parts[-1]}'."
-        ) from error
+    advice = f"download it for {name} where there is a network and pass weights='path/to/{parts[-1]}'"
+    return file_of(repository, "/".join(parts[2:]), advice, **revision)
 
 
 def _first(names: list[str], count: int = 10) -> str:
