@@ -33,13 +33,16 @@ def main() -> int:
 
 
 def complete(argv: list[str]) -> int:
-    """Hydra's completion (`zoo -sc install=bash`), which knows no commands: the line to complete is in COMP_LINE."""
-    command, space, _ = os.environ.get("COMP_LINE", "zoo train ").lstrip().partition(" ")[2].lstrip().partition(" ")
-    if not space:  # it is the command that is written
+    """Hydra's completion for the shell (`zoo -sc install=bash`), which knows no commands: the line is in COMP_LINE."""
+    from zoo.commands import cli
+
+    line = os.environ.get("COMP_LINE", "zoo train ").split(maxsplit=1)[1:]
+    command, space, _ = (line or [""])[0].partition(" ")
+    if not space:  # it is the command that is being written
         print(" ".join(name for name in COMMANDS if name.startswith(command)))
-    elif command in COMMANDS and (resource("conf") / f"{command}.yaml").is_file():
-        os.environ["COMP_LINE"] = os.environ.get("COMP_LINE", "").lstrip().partition(" ")[2]
-        return importlib.import_module(f"zoo.commands.{command}").main(argv)
+    elif (resource("conf") / f"{command}.yaml").is_file():
+        os.environ["COMP_LINE"] = line[0]
+        return cli.run(command, lambda cfg: None, argv)
     return 0
 
 

@@ -95,8 +95,8 @@ class HubModel(ModelHubMixin, library_name="tokenizer-zoo", tags=["tokenizer-zoo
         except (HTTPError, OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
             raise ZooError(
-                f"cannot write {repo_id} to the hub ({type(error).__name__}: {reason}); log in with `hf auth login` where "
-                "there is a network, or use save_pretrained."
+                f"cannot write {repo_id} to the hub ({type(error).__name__}: {reason}); log in with `hf auth login` "
+                "where there is a network, or use save_pretrained."
             ) from error
 
     def generate_model_card(self, repo_id: str | None = None) -> ModelCard:
@@ -113,10 +113,11 @@ class HubModel(ModelHubMixin, library_name="tokenizer-zoo", tags=["tokenizer-zoo
         rows = {"paper": info.paper, **about, "licence": info.licence}
         rows |= {"parameters": f"{sum(p.numel() for p in self.parameters()):,}"}
         rows |= {name: value for name, value in vars(info).items() if name not in {*rows, "name"}}
-        where, name = repr(repo_id or "folder or owner/name"), type(self).__name__
+        where, name = repo_id or "folder or owner/name", type(self).__name__
+        code = f"from {type(self).__module__} import {name}\n\n{kind.kind} = {name}.from_pretrained({where!r})"
         parts = [
             f"# {info.name}\n\n{kind.preset(info.name).description}",
-            f"```python\nfrom {type(self).__module__} import {name}\n\n{kind.kind} = {name}.from_pretrained({where})\n```",
+            f"```python\n{code}\n```",
             markdown_table(rows),
             *([f"## Figures\n\n{markdown_table(metrics)}"] if metrics else []),
             card,
