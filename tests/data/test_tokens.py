@@ -213,7 +213,8 @@ def test_zoo_train_reads_tokens(pretokenize, tmp_path, capsys):
     data = ["data=tokens", f"data.path={pretokenize('kl-tiny')}", "data.num_workers=0", "data.batch_size=4"]
     run = ["trainer=tiny-debug", "trainer.max_steps=2", f"output_dir={tmp_path / 'run'}"]
     assert train(["experiment=xar-tiny", *small, *data, *labels, *run]) == 0, capsys.readouterr().err
-    assert (tmp_path / "run/generator.safetensors").is_file()
+    generator = zoo.load_generator("xar-tiny", weights=tmp_path / "run/generator.safetensors")
+    assert generator.about == {"recipe": "zoo train, xar-tiny, 2 steps", "data": "tokens"}
     wrong = [one.replace("kl-tiny", "karl") for one in data]
     wrong[1] = f"data.path={pretokenize('karl-tiny')}"
     assert train(["experiment=xar-tiny", *small, *wrong, *labels, f"output_dir={tmp_path / 'no'}"]) == 2
