@@ -200,7 +200,8 @@ def read_manifest(folder: Path) -> dict:
         raise ZooError(f"{folder} has no manifest.json; give the output_dir of a finished `zoo pretokenize`.") from None
     except (OSError, ValueError) as error:
         raise ZooError(f"{path} cannot be read ({error}); copy it again.") from error
-    found = manifest.get("protocol", {}).get("layout") if isinstance(manifest, dict) else None
+    whole = isinstance(manifest, dict) and {"protocol", "tokenizer", "members", "shards", "samples"} <= manifest.keys()
+    found = manifest["protocol"].get("layout") if whole else None
     if found != LAYOUT:
         raise ZooError(f"{path} is of layout {found}, and {LAYOUT} is read; run `zoo pretokenize` again.")
     if not manifest["samples"]:

@@ -1,4 +1,4 @@
-"""The Python of the pages in docs/ runs from the top to the bottom of each."""
+"""The Python of some pages in docs/ runs from the top to the bottom of each."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from zoo.commands.pretokenize import main
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")))
+@pytest.mark.parametrize("page", ["hub.md", "pretokenize.md", "vocabulary.md"])
 def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if page == "pretokenize.md":  # its first block, on a part of the data
