@@ -90,7 +90,7 @@ def test_a_tokenizer_is_pushed_and_read_by_revision(tokenizer, hub):
         assert_same(tokenizer, read)
         assert read.about == tokenizer.about
     assert zoo.Tokenizer.from_pretrained("owner/mine@v1", dtype=torch.bfloat16, **hub).dtype == torch.bfloat16
-    with pytest.raises(ZooError, match=r"cannot download config.json of owner/mine .*give 'owner/name'"):
+    with pytest.raises(ZooError, match=r"cannot download config.json of 'owner/mine' .*give 'owner/name'"):
         zoo.Tokenizer.from_pretrained("owner/mine", **hub)  # main is not there
     card = (hub["cache_dir"] / "models--owner--mine/snapshots" / COMMIT / "README.md").read_text()
     for text in (
@@ -128,6 +128,7 @@ def test_a_pinned_file_is_checked(tokenizer, tmp_path):
         (lambda path: edit(path, name="aurora-tinny"), "did you mean aurora-tiny"),
         (lambda path: edit(path, codebok_size=3), "did you mean codebook_size"),
         (lambda path: edit(path, codebook_size=32), "does not fit"),
+        (lambda path: edit(path, weights="other.pt"), "has no field 'weights'"),
     ],
 )
 def test_what_is_no_folder_of_the_zoo_is_refused(tokenizer, tmp_path, change, complaint):

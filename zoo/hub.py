@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, one_line, shortened
 from zoo.files import write_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -59,7 +59,7 @@ class HubModel(ModelHubMixin, library_name="tokenizer-zoo", tags=["tokenizer-zoo
             ZooError: the files cannot be had, are not those of the zoo, do not fit, or are of another kind than cls.
         """
         from zoo import registry  # which is made of what stands on this
-        from zoo.tokenizer import Weights
+        from zoo.tokenizer import Weights, make_config
 
         name, pin = pinned(pretrained_model_name_or_path)
         settings = {"cache_dir": cache_dir, "force_download": force_download, "token": token}
@@ -76,6 +76,7 @@ class HubModel(ModelHubMixin, library_name="tokenizer-zoo", tags=["tokenizer-zoo
             ) from error
         if not issubclass(own.preset(own_name).tokenizer, cls):
             raise ZooError(f"{name} is a {kind}, {own_name}, and no {cls.__name__}; use zoo.hub.HubModel or its class.")
+        make_config(own.preset(own_name).config, fields)  # refuses what are no fields of it
         weights = Weights(str(file_of(name, WEIGHTS, **settings)), sha256)
         return own.load(own_name, weights, device, dtype, **fields | overrides)
 
@@ -93,9 +94,9 @@ class HubModel(ModelHubMixin, library_name="tokenizer-zoo", tags=["tokenizer-zoo
         except ZooError:
             raise
         except (HTTPError, OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
+            reason = f"{type(error).__name__}: {one_line(error)}"
             raise ZooError(
-                f"cannot write {repo_id} to the hub ({type(error).__name__}: {reason}); log in with `hf auth login` "
+                f"cannot write {repo_id} to the hub ({reason}); log in with `hf auth login` "
                 "where there is a network, or use save_pretrained."
             ) from error
 
@@ -175,8 +176,8 @@ def file_of(
     try:
         return Path(huggingface_hub.hf_hub_download(source, name, **settings))
     except (OSError, ValueError) as error:  # LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, ...
-        reason = str(error).strip().split("\n")[0]
-        raise ZooError(f"cannot download {name} of {source} ({type(error).__name__}: {reason}); {advice}.") from error
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ZooError(f"cannot download {name} of {shortened(source, 200)} ({reason}); {advice}.") from error
 
 
 def pretrained(kind: type, source: str | Path, **settings) -> Any:

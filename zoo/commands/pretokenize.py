@@ -21,11 +21,12 @@ from rich.table import Table
 from torch import Tensor
 
 from zoo.commands import cli
-from zoo.commands.common import DTYPES, about_file, about_the_run, claim, expect_integer, expect_one_of, start
+from zoo.commands.common import DTYPES, about_file, about_the_run, claim, expect_one_of, start
 from zoo.data import Loader
 from zoo.data.tars import members, split_name
 from zoo.data.tokens import LAYOUT
-from zoo.errors import ZooError
+from zoo.distributed import on_first_rank
+from zoo.errors import ZooError, expect_integer
 from zoo.files import write_json, writing
 from zoo.registry import load_tokenizer, tokenizers
 from zoo.tokenizer import Tokenizer, config_fields
@@ -46,7 +47,7 @@ def pretokenize(cfg: DictConfig) -> dict:
     expect_one_of(cfg, "dtype", DTYPES)
     expect_one_of(cfg, "split", ("train", "val"))
     expect_one_of(cfg, "array_dtype", DTYPES)
-    expect_integer(cfg, "num_shards", 1)
+    expect_integer("num_shards", cfg.num_shards, 1)
     tokenizer = load_tokenizer(cfg.tokenizer.name, weights=cfg.weights, **cli.changed_fields(cfg.tokenizer))
     data = instantiate(OmegaConf.to_container(cfg.data, resolve=True))
     source = data.train if cfg.split == "train" else data.val
@@ -61,18 +62,19 @@ def pretokenize(cfg: DictConfig) -> dict:
     if taken := {"grid", size_field} & set(data.options.get("fields", ())):
         raise ZooError(f"data.fields cannot have {', '.join(taken)}, which is written anyway; leave it out.")
     options = data.options | {"fields": [*data.options.get("fields", (tokenizer.info.input,)), size_field]}
-    count, began = 0, time.perf_counter()
-    mine = [n for n in range(fabric.global_rank, cfg.num_shards, fabric.world_size) if not paths[n].is_file()]
+    mine, count, began = paths[fabric.global_rank :: fabric.world_size], 0, time.perf_counter()
     with Progress(transient=True, disable=not fabric.is_global_zero) as progress:
-        for number in progress.track(mine, description=tokenizer.info.name):
-            loader = Loader(source, **options, rank=number, world_size=cfg.num_shards)  # as if a shard were a rank
-            count += write_shard(paths[number], loader, tokenizer, cfg)
-    count = int(fabric.all_reduce(torch.tensor(count, device=fabric.device), reduce_op="sum"))
-    speed = count / (time.perf_counter() - began) if count else None  # None: all shards were there
-    fabric.barrier()
-    manifest = {"protocol": about, "tokenizer": about_tokenizer(tokenizer), "run": about_the_run(fabric)}
-    if fabric.is_global_zero:
-        manifest |= about_shards(paths, size_field) | {"images_per_second": speed}
+        for path in progress.track([path for path in mine if not path.is_file()], description=tokenizer.info.name):
+            number = paths.index(path)  # of a shard, which has what a rank of so many would read
+            loader = Loader(source, **options, rank=number, world_size=cfg.num_shards)
+            count += write_shard(path, loader, tokenizer, cfg)
+    counts, seconds = on_first_rank([count]), time.perf_counter() - began
+    shards = on_first_rank([(path.name, *about_shard(path, size_field)) for path in mine])
+    manifest = None
+    if shards is not None:
+        speed = sum(counts) / seconds if sum(counts) else None  # None: all shards were there
+        manifest = {"protocol": about, "tokenizer": about_tokenizer(tokenizer), "run": about_the_run(fabric)}
+        manifest |= {"images_per_second": speed} | summed(sorted(shards, key=lambda shard: shard[0]))
         write_json(folder / "manifest.json", manifest)
         report(manifest)
         print(f"{manifest['samples']} samples in {len(paths)} shards; they and manifest.json are in {folder}")
@@ -143,33 +145,38 @@ def about_tokenizer(tokenizer: Tokenizer) -> dict:
     return {name: about[name] for name in kept} | {"config": config_fields(tokenizer.config)}
 
 
-def about_shards(paths: list[Path], size_field: str) -> dict:
-    """Counts and sums of shards, which members a sample has, and how many bytes they take of an image."""
-    shards, sizes = {}, Counter()
-    for path in paths:
-        found = Counter()
-        with path.open("rb") as file:
+def about_shard(path: Path, size_field: str) -> tuple[dict, Counter]:
+    """What the manifest has of a shard, and how many bytes the members of its samples have in all ("source": those of
+    the images that they were made of)."""
+    count, sizes, total = 0, Counter(), path.stat().st_size
+    with path.open("rb") as file:
 
-            def read(offset: int, size: int, file=file) -> bytes:
-                file.seek(offset)
-                return file.read(size)
+        def read(offset: int, size: int) -> bytes:
+            file.seek(offset)
+            return file.read(size)
 
-            for _, name, start, size in members(read, 0, path.stat().st_size):
-                member = split_name(name)[1]
-                found[member] += 1
-                sizes[member] += size
-                if member == "json":
-                    sizes["source"] += json.loads(read(start, size))[size_field]
-        shards[path.name] = {"samples": found["json"], "bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    samples = sum(shard["samples"] for shard in shards.values())
+        for _, name, start, size in members(read, 0, total):
+            member = split_name(name)[1]
+            sizes[member] += size
+            if member == "json":
+                count += 1
+                sizes["source"] += json.loads(read(start, size))[size_field]
+    return {"samples": count, "bytes": total, "sha256": sha256_of(path)}, sizes
+
+
+def summed(shards: list[tuple[str, dict, Counter]]) -> dict:
+    """Shards and their sums, which members a sample has, and how many bytes they take of an image."""
+    sizes = sum((sizes for _, _, sizes in shards), Counter())
+    samples = sum(about["samples"] for _, about, _ in shards)
     if not samples:
         raise ZooError("the data has no image that can be read; there is nothing to tokenise.")
-    sizes["shards"] = sum(shard["bytes"] for shard in shards.values())
+    found = [member for member in sizes if member != "source"]
+    sizes["shards"] = sum(about["bytes"] for _, about, _ in shards)
     return {
         "samples": samples,
-        "members": [member for member in sizes if member not in ("source", "shards")],
+        "members": found,
         "bytes_per_image": {name: size / samples for name, size in sizes.items()},
-        "shards": shards,
+        "shards": {name: about for name, about, _ in shards},
     }
 
 
