@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+import zoo
 from zoo import Tokens, ZooError
-from zoo.vocabulary import Stream, Vocabulary
+from zoo.vocabulary import Stream, Vocabulary, latent_slot
 
 DEPTH = Stream("depth", 5, "<D_{}>", begin="<D>", end="</D>")
 RESIDUAL = Stream("pixel", 4, "<P_{:02d}>", levels=3, begin="<P>", end="</P>", marks_first=False)
@@ -148,3 +149,125 @@ def test_a_language_model_gets_rows_for_the_words_and_keeps_its_own(vocabulary, 
     assert model(torch.arange(31)[None]).logits.shape == (1, 31, 31)
     with pytest.raises(ZooError, match="got one of 31"):
         Vocabulary(10, [DEPTH]).extend_embedding(model)
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    """Two that call their stream "image", one with streams and levels of its own, and two of latents."""
+    names = ("seed-tiny", "ibq-tiny", "dualtoken-tiny", "mingtok-tiny", "kl-tiny")
+    return {name: zoo.create_tokenizer(name).eval() for name in names}
+
+
+@pytest.fixture(scope="module")
+def images(tokenizers):
+    """Tokens of one picture by tokenizer."""
+    picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    return {name: tokenizer.encode(picture) for name, tokenizer in tokenizers.items()}
+
+
+def test_tokenizers_stand_side_by_side(tokenizers):
+    words = text_tokenizer()
+    vocabulary = Vocabulary.of(words, list(tokenizers.values()))
+    shared = {name: f"{name}.image" for name in ("seed-tiny", "ibq-tiny", "mingtok-tiny", "kl-tiny")}
+    assert list(vocabulary.streams) == [
+        *(shared["seed-tiny"], shared["ibq-tiny"], "semantic", "pixel", shared["mingtok-tiny"], shared["kl-tiny"])
+    ]
+    sizes = [tokenizers[n].info.codebook_sizes["image"] for n in ("seed-tiny", "ibq-tiny")]
+    dual = sum(tokenizers["dualtoken-tiny"].info.codebook_sizes[s] * 4 + 2 for s in ("semantic", "pixel"))
+    assert len(vocabulary) == 10 + sizes[0] + 2 + sizes[1] + 2 + dual + 3 + 3
+    assert vocabulary.word_of(10) == "<seed-tiny.image>"
+    assert vocabulary.word_of(12) == "<seed-tiny.image_0>"
+    assert vocabulary.id_of("<kl-tiny.imagePatch>") == len(vocabulary) - 1
+    alone = Vocabulary.of(10, [tokenizers["mingtok-tiny"]])
+    assert alone.words == ["<image>", "</image>", "<imagePatch>"]
+    twice = Vocabulary.of(10, {"a": tokenizers["seed-tiny"], "b": tokenizers["seed-tiny"]})
+    assert list(twice.streams) == ["a.image", "b.image"]
+
+
+def test_the_language_model_has_the_same_words(tokenizers):
+    from zoo.lm.codes import CodeVision
+    from zoo.lm.latents import FlowVision
+
+    dual = Vocabulary.of(10, [tokenizers["dualtoken-tiny"]])
+    assert Vocabulary(10, CodeVision(tokenizers["dualtoken-tiny"]).streams).words == dual.words
+    assert Vocabulary(10, FlowVision.streams).words == Vocabulary.of(10, [tokenizers["mingtok-tiny"]]).words
+
+
+def test_text_and_images_of_several_tokenizers_come_back(tokenizers, images, tmp_path):
+    from transformers import AutoTokenizer
+
+    words = text_tokenizer()
+    made = Vocabulary.of(words, list(tokenizers.values()))
+    made.extend_tokenizer(words)
+    words.save_pretrained(tmp_path)
+    read, vocabulary = AutoTokenizer.from_pretrained(tmp_path), Vocabulary.from_pretrained(tmp_path)
+    assert (vocabulary.text_size, vocabulary.streams) == (made.text_size, made.streams)
+    assert Vocabulary.from_pretrained(read).words == made.words == read.convert_ids_to_tokens(range(10, len(made)))
+
+    pieces = [
+        [1, 2],
+        *images.items(),
+        [3],
+        ("seed-tiny", images["seed-tiny"]),
+        ("dualtoken-tiny", images["dualtoken-tiny"]),
+    ]
+    ids = vocabulary.join(pieces)
+    assert torch.equal(ids, made.join(pieces))
+    assert read(read.decode(ids), add_special_tokens=False)["input_ids"] == ids.tolist()
+    found = vocabulary.parse(ids)
+    assert [piece[0] if isinstance(piece, tuple) else piece.tolist() for piece in found] == [
+        *([1, 2], *images, [3], "seed-tiny", "dualtoken-tiny")
+    ]
+    for piece in found:
+        if isinstance(piece, tuple):
+            name, tokens = piece
+            for stream, ids in images[name].ids.items():
+                assert torch.equal(tokens.ids[stream], ids)
+            for latents in images[name].latents.values():
+                assert torch.equal(tokens.ids["image"], torch.zeros(1, latents.shape[1]).long())
+    decoded = tokenizers["ibq-tiny"].decode(dict(found[1:-3])["ibq-tiny"])
+    torch.testing.assert_close(decoded, tokenizers["ibq-tiny"].decode(images["ibq-tiny"]))
+    names = [name for name, _ in vocabulary.split(vocabulary.join(pieces))]
+    assert names == ["text", *vocabulary.streams, "text", "seed-tiny.image", "semantic", "pixel"]
+
+
+def test_places_of_latents_survive_a_text():
+    slot = latent_slot("image")
+    text = f"a {slot.to_text([0, 0, 0])}."
+    assert text == "a <image><imagePatch><imagePatch><imagePatch></image>."
+    assert [codes.tolist() for codes in slot.from_text(text, 3)] == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        (lambda t, i: Vocabulary.of(10, []), "at least one tokenizer"),
+        (lambda t, i: Vocabulary.of(10, ["seed-tiny"]), "load it first"),
+        (lambda t, i: Vocabulary.of(10, {"a": "seed-tiny"}), "load it first"),
+        (lambda t, i: Vocabulary.of(10, [t["kl-tiny"]] * 2), "two tokenizers are called kl-tiny"),
+        (
+            lambda t, i: Vocabulary.of(10, [t["kl-tiny"], t["mingtok-tiny"]]).join([i["kl-tiny"]]),
+            "with one of the names kl-tiny, mingtok-tiny",
+        ),
+        (
+            lambda t, i: Vocabulary.of(10, [t["kl-tiny"], t["mingtok-tiny"]]).join([("kl-tinny", i["kl-tiny"])]),
+            "no tokenizer 'kl-tinny'; did you mean kl-tiny",
+        ),
+        (lambda t, i: Vocabulary.of(10, [t["ibq-tiny"]]).join([i["dualtoken-tiny"]]), "stream of"),
+        (lambda t, i: Vocabulary.from_pretrained(text_tokenizer()), "text tokenizer has no vocabulary of the zoo"),
+        (lambda t, i: Vocabulary.from_pretrained("/nowhere"), "'/nowhere' is not on this machine"),
+    ],
+)
+def test_tokenizers_that_do_not_belong_together_are_refused(tokenizers, images, call, complaint):
+    with pytest.raises(ZooError, match=complaint):
+        call(tokenizers, images)
+
+
+def test_a_tokenizer_that_gives_other_ids_is_refused(vocabulary):
+    words = text_tokenizer()
+    vocabulary.extend_tokenizer(words)
+    other = text_tokenizer()
+    other.add_tokens(["before", *vocabulary.words])
+    other.init_kwargs |= words.init_kwargs
+    with pytest.raises(ZooError, match="other ids for some of the words: <D>, </D>"):
+        Vocabulary.from_pretrained(other)

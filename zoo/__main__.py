@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import sys
 
 import zoo.commands
 from zoo.errors import ZooError, nearest
+from zoo.registry import resource
 
 COMMANDS = sorted(
     {m.name for m in pkgutil.iter_modules(zoo.commands.__path__)} - {"cli", "common", "progress", "understanding"}
@@ -16,6 +18,8 @@ USAGE = f"usage: zoo COMMAND ...\n\ncommands: {', '.join(COMMANDS)}; `zoo COMMAN
 
 
 def main() -> int:
+    if sys.argv[1:2] in (["-sc"], ["--shell-completion"]):
+        return complete(sys.argv[1:])
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -28,6 +32,20 @@ def main() -> int:
     except ZooError as error:
         print(f"zoo {command}: {error}", file=sys.stderr)
         return 2
+
+
+def complete(argv: list[str]) -> int:
+    """Hydra's completion for the shell (`zoo -sc install=bash`), which knows no commands: the line is in COMP_LINE."""
+    from zoo.commands import cli
+
+    line = os.environ.get("COMP_LINE", "zoo train ").split(maxsplit=1)[1:]
+    command, space, _ = (line or [""])[0].partition(" ")
+    if not space:  # it is the command that is being written
+        print(" ".join(name for name in COMMANDS if name.startswith(command)))
+    elif (resource("conf") / f"{command}.yaml").is_file():
+        os.environ["COMP_LINE"] = line[0]
+        return cli.run(command, lambda cfg: None, argv)
+    return 0
 
 
 if __name__ == "__main__":

@@ -6,19 +6,24 @@ import fnmatch
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from zoo import weights as files
 from zoo.errors import ZooError, nearest, one_line, shortened
+from zoo.hub import HubModel
 from zoo.tokenizer import Preset, Weights, config_fields, make_config
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 class Registry:
@@ -72,12 +77,17 @@ class Registry:
             raise ZooError(f"no {self.kind} is called '{name}'{nearest(name, known)}")
         return known[name]
 
-    def list(self, pattern: str = "*", pretrained: bool | None = None) -> list[str]:
-        """Sorted names that match a pattern such as "karl*"; pretrained=True: only those that load by name alone."""
-        return sorted(
-            name
-            for name, preset in self.presets().items()
-            if fnmatch.fnmatch(name, pattern) and pretrained in (None, has_weights(preset))
+    def list(self, pattern: str = "*", pretrained: bool | None = None) -> Names:
+        """Sorted names that match a pattern such as "karl*"; pretrained=True: only those that load by name alone.
+
+        A list, which is shown as a table of what stands behind the names.
+        """
+        return Names(
+            sorted(
+                name
+                for name, preset in self.presets().items()
+                if fnmatch.fnmatch(name, pattern) and pretrained in (None, has_weights(preset))
+            )
         )
 
     def create(self, name: str, **overrides) -> Any:
@@ -96,6 +106,7 @@ class Registry:
             given = {key: value for key, value in overrides.items() if value != getattr(chosen.config, key)}
             raise ZooError(f"{name} cannot be made with {shortened(given, 300)} ({one_line(error)}).") from error
         made.info = replace(made.info, name=name, licence=chosen.licence)
+        made.about = {}
         return made
 
     def load(
@@ -135,6 +146,10 @@ class Registry:
         elif hasattr(published, "fields_of"):  # the authors' files of this system differ in what is in them
             overrides = published.fields_of(state) | overrides
         made = self._make(name, overrides)
+        if "zoo" in metadata and isinstance(stored.get("about"), dict):
+            made.about |= stored["about"]
+        if weights is None and self.ships(name) and (card := path.with_suffix(".md")).is_file():
+            made.about.setdefault("card", card.read_text())
         if published:
             state = published.from_published(state, made.config)
         if fresh:
@@ -156,12 +171,17 @@ class Registry:
         changed = {name: value for name, value in config_fields(made.config).items() if value != known[name]}
         return self.load(made.info.name, weights, **changed)
 
+    def ships(self, name: str) -> bool:
+        """Whether the weights of a name are a file in checkpoints/."""
+        weights = self.preset(name).weights
+        return bool(weights and weights.location and not weights.location.startswith("hf://"))
+
     def weights_path(self, name: str, weights: str | Path | Weights | None = None) -> Path:
         """The file that `load` reads for these arguments, downloaded if need be."""
         registered = self.preset(name).weights
         if weights is None and registered is None:
             raise ZooError(f"no weights are published for {name}; train it, or pass weights='path/to/a/file'.")
-        if weights is None and registered.location and not registered.location.startswith("hf://"):
+        if weights is None and self.ships(name):
             registered = replace(registered, location=str(resource("checkpoints") / registered.location))
         return files.locate(registered if weights is None else weights, name)
 
@@ -186,11 +206,39 @@ def with_fresh(state: Mapping[str, Tensor], made: nn.Module, parts: Sequence[str
     return kept | {name: tensor for name, tensor in own.items() if name.split(".")[0] in parts}
 
 
-def save(made: nn.Module, path: str | Path) -> None:
+def save(made: HubModel, path: str | Path) -> None:
     """Write what a registry made as one safetensors file that `load(name, weights=path)` reads, sizes included."""
-    system = system_of(type(made))
-    about = {"name": made.info.name, "system": system, "config": config_fields(made.config)}
-    files.save(path, made.state_dict(), about)
+    stored = {"name": made.info.name, "system": system_of(type(made)), "config": config_fields(made.config)}
+    files.save(path, made.state_dict(), stored | ({"about": dict(made.about)} if made.about else {}))
+
+
+def kind_of(name: str) -> Registry:
+    """The registry that has a name. Raises ZooError with the nearest tokenizers where none has."""
+    return next((kind for kind in KINDS if name in kind.presets()), tokenizers)
+
+
+class Names(list):
+    """Names of the zoo, a list whose printed form is a table of what they are."""
+
+    def __repr__(self) -> str:
+        from rich.console import Console
+
+        with (console := Console(width=max(shutil.get_terminal_size().columns, 100))).capture() as capture:
+            console.print(table(self))
+        return capture.get().rstrip()
+
+
+def table(names: Iterable[str]) -> Table:
+    """What stands behind names of the zoo, for rich to print."""
+    from rich.table import Column, Table
+
+    whole = Column("name", overflow="fold")  # names are to be copied: never cut
+    table = Table(whole, Column("system", no_wrap=True), "what", Column("weights", no_wrap=True))
+    for name in names:
+        chosen = kind_of(name).preset(name)
+        where = "by name" if has_weights(chosen) else "your file" if chosen.weights else "none"
+        table.add_row(name, system_of(chosen.tokenizer), chosen.description, where)
+    return table
 
 
 def resource(folder: str) -> Path:

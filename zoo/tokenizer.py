@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError, nearest, one_line, shortened
 from zoo.files import expect_file, writing
+from zoo.hub import HubModel
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,22 @@ class Tokens:
             index = [index]
         return self._map(lambda tensor: tensor[index])
 
+    @staticmethod
+    def cat(tokens: Sequence[Tokens]) -> Tokens:
+        """Several batches as one. Raises ZooError when they are not of one form."""
+        first, forms = tokens[0], set()
+        for one in tokens:
+            streams = one.ids | one.latents
+            forms.add((one.grid, *((name, *tensor.shape[1:]) for name, tensor in streams.items())))
+        if len(forms) > 1:
+            raise ZooError(f"only Tokens of one form are one batch, got grids and streams {sorted(map(str, forms))}.")
+        return Tokens(
+            {name: torch.cat([one.ids[name] for one in tokens]) for name in first.ids},
+            {name: torch.cat([one.latents[name] for one in tokens]) for name in first.latents},
+            torch.cat([one.mask for one in tokens]),
+            first.grid,
+        )
+
     @property
     def lengths(self) -> Tensor:
         """(B,) int64: live tokens of each image."""
@@ -143,6 +160,10 @@ class Tokens:
 
     def cpu(self) -> Tokens:
         return self.to("cpu")
+
+    def pin_memory(self) -> Tokens:
+        """In page-locked memory, as a DataLoader(pin_memory=True) asks for."""
+        return self._map(Tensor.pin_memory)
 
     def save(self, path) -> None:
         """Write to a safetensors file that Tokens.load reads."""
@@ -204,7 +225,7 @@ class Preset:
     licence: str = "Apache-2.0"
 
 
-class ImageReader(nn.Module):
+class ImageReader(HubModel, nn.Module):
     """Base of what reads images: a configuration, an `info`, and the check of images that comes before all else.
 
     Images are float (B, C, H, W) in [0, 1]; each reader normalises for itself.
@@ -316,7 +337,7 @@ class ImageReader(nn.Module):
         return f"name={self.info.name!r}"
 
 
-class Tokenizer(ImageReader):
+class Tokenizer(ImageReader, pipeline_tag="image-feature-extraction"):
     """Base of all tokenizers. A system sets `info` and writes `_encode`, `_decode` and, if it has them, `_features`,
     and `_encode_image` and `_encode_text`, which give embeddings before they are normalised.
 

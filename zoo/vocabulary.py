@@ -1,18 +1,22 @@
-"""One id space for the words of a language model and the codes of any number of visual streams."""
+"""One id space for the words of a language model and the tokens of any number of tokenizers."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from zoo.errors import ZooError, expect_integer, nearest, one_line, shortened
-from zoo.tokenizer import Tokens, is_plain
+from zoo.hub import pretrained
+from zoo.tokenizer import Tokenizer, TokenizerInfo, Tokens, is_plain
 
+KEY = "zoo_vocabulary"
+"""Of the entry of a text tokenizer's own configuration in which its visual streams stand."""
 WORD = re.compile(r"[^{}]*(\{(:0?\d?d)?\})?[^{}]*")
 
 
@@ -23,7 +27,9 @@ class Stream:
     name: as in Tokens.ids; size: codes of its codebook; word: template of a code's word, such as "<DEPTH_{}>" or
     "<img_{:05d}>". levels: ids per position of a residual stream; each level has a range of `size` words of its own,
     and its word numbers go on from the level before. begin, end: words around an image, or None. marks_first: begin
-    and end come before the codes (AURORA) or after them (SEED).
+    and end come before the codes (AURORA) or after them (SEED). latent: its one word only holds the place of a latent.
+    tokenizer, source: whose stream it is, and the name that it has in the Tokens of that tokenizer, where the
+    vocabulary calls it otherwise.
     """
 
     name: str
@@ -33,6 +39,9 @@ class Stream:
     begin: str | None = None
     end: str | None = None
     marks_first: bool = True
+    latent: bool = False
+    tokenizer: str = ""
+    source: str = ""
 
     def __post_init__(self):
         if not (isinstance(self.name, str) and isinstance(self.word, str) and WORD.fullmatch(self.word)):
@@ -44,6 +53,25 @@ class Stream:
             expect_integer(f"{name} of stream '{self.name}'", getattr(self, name), 1, 2**31)
         if not all(mark is None or isinstance(mark, str) for mark in (self.begin, self.end)):
             raise ZooError(f"begin and end of stream '{self.name}' are words, or None.")
+
+    @classmethod
+    def of(cls, info: TokenizerInfo, stream: str, name: str | None = None, tokenizer: str = "") -> Stream:
+        """A stream of a tokenizer with words after its name: of codes <NAME_0>, <NAME_1>, ... between <NAME> and
+        </NAME>, of latents those of `latent_slot`. name: in the vocabulary, where it is not that of the stream. Raises
+        ZooError where the tokenizer has none like it."""
+        if stream not in info.streams:
+            raise ZooError(f"{info.name} has no stream '{stream}'{nearest(stream, info.streams)}")
+        name = stream if name is None else name
+        labels = {"tokenizer": tokenizer, "source": stream if name != stream else ""}
+        if info.kind == "continuous":
+            return latent_slot(name, **labels)
+        size, levels = info.codebook_sizes[stream], info.levels.get(stream, 1)
+        return cls(name, size, f"<{name}_{{}}>", levels, f"<{name}>", f"</{name}>", **labels)
+
+    @property
+    def own_name(self) -> str:
+        """In the Tokens of its tokenizer."""
+        return self.source or self.name
 
     def words(self) -> list[str]:
         marks = [mark for mark in (self.begin, self.end) if mark]
@@ -79,7 +107,7 @@ class Stream:
             if place < 0:
                 raise ZooError(f"expected {self.end} behind {self.begin}, the text has none: {text[start:][:80]!r}.")
             body = re.sub(r"\s+", "", text[start + len(self.begin) : place])
-            numbers = [int(number) for number in re.findall(pattern, body)]
+            numbers = [0 if self.latent else int(number) for number in re.findall(pattern, body)]
             if body != "".join(map(self.word.format, numbers)):
                 rest = re.sub(pattern, "", body) or body
                 raise ZooError(f"expected only words {first} to {last} in an image, got also {rest[:40]!r}.")
@@ -94,14 +122,25 @@ class Stream:
 
     def check_whole(self, length: int) -> None:
         """Raise ZooError where images of so many positions cannot be told from what is around them."""
-        if not (self.begin and self.end and "{" in self.word):
+        if not (self.begin and self.end and ("{" in self.word or self.latent)):
             raise ZooError(f"stream '{self.name}' lacks words around an image, or numbers in them; none can be found.")
         if type(length) is not int or length < 1:
             raise ZooError(f"an image has at least 1 token, got length {shortened(length)}.")
 
 
+def latent_slot(name: str, **labels: str) -> Stream:
+    """The words of latents: one <NAMEPatch> for each of them, between <NAME> and </NAME>. A model reads and writes the
+    latents themselves at these places."""
+    return Stream(name, 1, f"<{name}Patch>", begin=f"<{name}>", end=f"</{name}>", latent=True, **labels)
+
+
 class Vocabulary:
     """Text words 0..text_size-1, then the words of each stream in order.
+
+        vocabulary = Vocabulary.of(words, [zoo.load_tokenizer("karl-tiny"), zoo.load_tokenizer("mingtok-tiny")])
+        vocabulary.extend_tokenizer(words)
+        words.save_pretrained(folder)
+        vocabulary = Vocabulary.from_pretrained(folder)
 
     Raises ZooError when two words are the same.
     """
@@ -115,6 +154,59 @@ class Vocabulary:
             seen = Counter(self.words) if len(self._ids) < len(self.words) else Counter(s.name for s in streams)
             twice = sorted(word for word, times in seen.items() if times > 1)
             raise ZooError(f"words and streams of a vocabulary must differ; these come twice: {', '.join(twice[:10])}.")
+
+    @classmethod
+    def of(cls, words, tokenizers: Sequence[Tokenizer] | Mapping[str, Tokenizer]) -> Vocabulary:
+        """The words of a text tokenizer, and behind them those of any tokenizers of the zoo side by side.
+
+        Each of their streams has words as `Stream.of` makes them, after its name; where several tokenizers have a
+        stream of that name, after "TOKENIZER.STREAM".
+
+        Args:
+            words: a text tokenizer of transformers, not extended yet, or the number of its words.
+            tokenizers: discrete ones, whose ids become words, and continuous ones, whose latents get places. Their
+                names are those of the zoo; a mapping gives them others, as two of one name need.
+
+        Raises:
+            ZooError: no tokenizers, two of one name, or something else than a tokenizer.
+        """
+        if not isinstance(tokenizers, Mapping):
+            names = [one.info.name for one in tokenizers if isinstance(one, Tokenizer)]
+            if twice := [name for name, times in Counter(names).items() if times > 1]:
+                raise ZooError(f"two tokenizers are called {twice[0]}; give them as a mapping from names of your own.")
+            tokenizers = dict(zip(names, tokenizers, strict=True)) if len(names) == len(tokenizers) else {}
+        if not tokenizers or not all(isinstance(one, Tokenizer) for one in tokenizers.values()):
+            raise ZooError("a vocabulary is of at least one tokenizer, as zoo.load_tokenizer gives it; load it first.")
+        sharing = Counter(stream for one in tokenizers.values() for stream in one.info.streams)
+        streams = [
+            Stream.of(one.info, stream, stream if sharing[stream] == 1 else f"{name}.{stream}", name)
+            for name, one in tokenizers.items()
+            for stream in one.info.streams
+        ]
+        return cls(words if isinstance(words, int) else len(words), streams)
+
+    @classmethod
+    def from_pretrained(cls, source) -> Vocabulary:
+        """The vocabulary that a text tokenizer was extended with, whose save_pretrained keeps it.
+
+        source: the tokenizer, or its hub id ("id@commit" for a revision) or folder. Raises ZooError when it cannot be
+        had, has no such vocabulary, or gives the words other ids.
+        """
+        words = source
+        if isinstance(source, (str, Path)):
+            from transformers import AutoTokenizer  # takes seconds to import
+
+            words = pretrained(AutoTokenizer, source)
+        try:
+            about = words.init_kwargs[KEY]
+            vocabulary = cls(about["text_size"], [Stream(**stream) for stream in about["streams"]])
+        except (AttributeError, KeyError, TypeError) as error:
+            name = "the text tokenizer" if words is source else source
+            raise ZooError(
+                f"{name} has no vocabulary of the zoo; extend one with Vocabulary.extend_tokenizer and save it."
+            ) from error
+        vocabulary._expect_words(words)
+        return vocabulary
 
     def __len__(self) -> int:
         return self.text_size + len(self.words)
@@ -162,32 +254,46 @@ class Vocabulary:
             streams[(ids >= found.start) & (ids < found.stop)] = index
         return streams
 
-    def join(self, pieces: Sequence[Tensor | Sequence[int] | Tokens]) -> Tensor:
+    def join(self, pieces: Sequence[Tensor | Sequence[int] | Tokens | tuple[str, Tokens]]) -> Tensor:
         """Text (ids) and images (Tokens of one image each) to one sequence of ids (T,), int64.
 
         An image is, for each stream of the vocabulary that it has: begin word, the codes of its live tokens position
-        by position (and level by level within one), end word.
+        by position (and level by level within one), or as many places as it has latents, end word. Where streams of
+        several tokenizers have one name, it comes with that of its own: (tokenizer, Tokens).
         """
         parts = []
         for piece in pieces:
-            if not isinstance(piece, Tokens):
-                parts.append(sequence(piece, self.text_size, "ids of text"))
+            owner, image = piece if isinstance(piece, tuple) and isinstance(piece[0], str) else (None, piece)
+            if not isinstance(image, Tokens):
+                parts.append(sequence(image, self.text_size, "ids of text"))
                 continue
-            if len(piece) != 1 or not piece.ids.keys() & self.streams.keys():
-                raise ZooError(
-                    f"an image in a sequence is Tokens of one image with a stream of {sorted(self.streams)}, "
-                    f"got {len(piece)} images with {sorted(piece.ids)}."
-                )
-            for name, stream in self.streams.items():
-                if name in piece.ids:
-                    live = self.to_ids(name, piece.ids[name].cpu()[0][piece.mask.cpu()[0]]).flatten()
-                    marks = [[self._ids[mark]] if mark else [] for mark in (stream.begin, stream.end)]
-                    parts += [
-                        torch.tensor(marks[0], dtype=torch.int64),
-                        live,
-                        torch.tensor(marks[1], dtype=torch.int64),
-                    ]
+            live = image.mask.cpu()
+            for stream in self._streams_of(image, owner):
+                held = stream.latent and stream.own_name not in image.ids
+                codes = torch.zeros(live.shape, dtype=torch.int64) if held else image.ids[stream.own_name].cpu()
+                begin, end = ([self._ids[mark]] if mark else [] for mark in (stream.begin, stream.end))
+                body = self.to_ids(stream.name, codes[live]).flatten()
+                parts += [torch.tensor(begin, dtype=torch.int64), body, torch.tensor(end, dtype=torch.int64)]
         return torch.cat(parts) if parts else torch.tensor([], dtype=torch.int64)
+
+    def parse(self, ids: Tensor | Sequence[int]) -> list[Tensor | tuple[str, Tokens]]:
+        """The inverse of `join`: a sequence (T,) to text, ids (n,), and images, (tokenizer, Tokens of live tokens).
+
+        Of latents, whose places alone are in the ids, the Tokens have ids of zeros. Raises ZooError as `split` does,
+        and for an image whose streams differ in their length.
+        """
+        found, seen = [], {}
+        for name, codes in self.split(ids):
+            if name == "text":
+                found.append(codes)
+                continue
+            stream = self.streams[name]
+            whole = found and isinstance(found[-1], tuple) and found[-1][0] == stream.tokenizer
+            if not whole or stream.own_name in seen:
+                seen = {}
+                found.append((stream.tokenizer, seen))
+            seen[stream.own_name] = codes[None]
+        return [(piece[0], Tokens(piece[1])) if isinstance(piece, tuple) else piece for piece in found]
 
     def split(self, ids: Tensor | Sequence[int]) -> list[tuple[str, Tensor]]:
         """A sequence (T,) to its pieces in order: ("text", ids (n,)) or (stream, codes (n,) or (n, levels)).
@@ -236,14 +342,17 @@ class Vocabulary:
     def extend_tokenizer(self, tokenizer) -> None:
         """Add all words to a transformers tokenizer, as ordinary added tokens that decoding keeps.
 
-        Raises ZooError when it has another number of words than text_size, or would give a word another id.
+        Its save_pretrained saves them, and this vocabulary for `from_pretrained`. Raises ZooError when it has another
+        number of words than text_size, or would give a word another id.
         """
         if len(tokenizer) != self.text_size:
             raise ZooError(f"the vocabulary is for a text tokenizer of {self.text_size} words, got {len(tokenizer)}.")
         tokenizer.add_tokens(self.words)
-        wrong = [word for word in self.words if tokenizer.convert_tokens_to_ids(word) != self._ids[word]]
-        if wrong:
-            raise ZooError(f"the text tokenizer already had some of the words: {', '.join(wrong[:10])}.")
+        self._expect_words(tokenizer)
+        tokenizer.init_kwargs[KEY] = {
+            "text_size": self.text_size,
+            "streams": [asdict(stream) for stream in self.streams.values()],
+        }
 
     def extend_embedding(self, model: nn.Module, std: float = 0.02) -> None:
         """Resize a transformers LM's embeddings; new rows are normal(0, std), as LLaMA's are.
@@ -263,6 +372,34 @@ class Vocabulary:
             name = shortened(name).strip("'")
             raise ZooError(f"the vocabulary has no stream '{name}'{nearest(name, self.streams)}")
         return self.streams[name]
+
+    def _streams_of(self, image: Tokens, owner: str | None) -> list[Stream]:
+        """The streams that an image has in a sequence. Raises ZooError when there are none, or it is not clear."""
+        owners = {stream.tokenizer for stream in self.streams.values()}
+        if owner is not None and owner not in owners:
+            raise ZooError(f"the vocabulary has no tokenizer '{owner}'{nearest(owner, owners - {''})}")
+        given = image.ids.keys() | image.latents.keys()
+        found = [
+            stream
+            for stream in self.streams.values()
+            if owner in (None, stream.tokenizer)
+            and (stream.own_name in image.ids or (stream.latent and stream.own_name in image.latents))
+        ]
+        if len(image) != 1 or not found:
+            raise ZooError(
+                f"an image in a sequence is Tokens of one image with a stream of {sorted(self.streams)}, "
+                f"got {len(image)} images with {sorted(given)}."
+            )
+        if len({stream.own_name for stream in found}) < len(found):
+            named = ", ".join(sorted({stream.tokenizer for stream in found}))
+            raise ZooError(f"several tokenizers have these streams; give (name, Tokens) with one of the names {named}.")
+        return found
+
+    def _expect_words(self, words) -> None:
+        """Raise ZooError where a text tokenizer gives a word another id."""
+        found = words.convert_tokens_to_ids(self.words)
+        if wrong := [word for word, index in zip(self.words, found, strict=True) if index != self._ids[word]]:
+            raise ZooError(f"the text tokenizer has other ids for some of the words: {', '.join(wrong[:10])}.")
 
 
 def integers(values: Tensor | Sequence, low: int, high: int, what: str, levels: int = 1) -> Tensor:

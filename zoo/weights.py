@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError, one_line, shortened
 from zoo.files import expect_file, writing
-from zoo.hub import pinned
+from zoo.hub import file_of, pinned
 from zoo.tokenizer import Weights, is_plain
 
 NESTS = ("ema", "model_ema", "ema_state_dict", "state_dict", "model", "module", "weights", "params")
@@ -221,23 +221,14 @@ def sha256_of(path: Path) -> str:
 
 
 def _download(location: str | Path, name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     parts = str(location).removeprefix("hf:/").lstrip("/").split("/")
     if len(parts) < 3:
         raise ZooError(
             f"a hub location is 'hf://owner/name/file' or 'hf://owner/name@commit/file', got {shortened(location)}."
         )
     repository, revision = pinned("/".join(parts[:2]))
-    try:
-        return Path(hf_hub_download(repository, "/".join(parts[2:]), **revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise ZooError(
-            f"cannot download {shortened(str(location), 200)} for {name} ({reason}); download the "
-            f"file where there is a network and pass weights='path/to/{shortened(parts[-1])[1:-1]}'."
-        ) from error
+    advice = f"download it for {name} where there is a network and pass weights='path/to/{shortened(parts[-1])[1:-1]}'"
+    return file_of(repository, "/".join(parts[2:]), advice, **revision)
 
 
 def _first(names: list[str], count: int = 10) -> str:

@@ -88,7 +88,8 @@ def test_ids_take_the_smallest_type_that_holds_them(pictures, tmp_path):
     ("overrides", "complaint"),
     [
         (["num_shards=0"], "num_shards must be an integer of at least 1, got 0"),
-        (["array_dtype=float8"], "array_dtype must be one of float16, float32, got 'float8'"),
+        (["array_dtype=float8"], "array_dtype must be one of float32, bfloat16, float16, got 'float8'"),
+        (["data.fields=[image,grid]"], "data.fields cannot have grid, which is written anyway"),
         (["split=val"], "split=val, and the data has none"),
         (["tokenizer=kl-tinny"], "did you mean kl-tiny"),
     ],

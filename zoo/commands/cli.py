@@ -57,7 +57,7 @@ def run(command: str, task: Callable[[DictConfig], object], argv: list[str] | No
                 raise
             mistakes.append(error)
 
-    sys.argv = [command, *overrides]
+    sys.argv = [sys.argv[0], *overrides]  # hydra's completion is for the program of that name
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises instead of printing and exiting
     try:
         hydra.main(version_base="1.3", config_path=str(resource("conf")), config_name=command)(job)()

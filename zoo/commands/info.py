@@ -9,14 +9,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from zoo.registry import KINDS, resource, tokenizers
+from zoo.registry import kind_of, resource
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("zoo info", description=__doc__)
     parser.add_argument("name")
     name = parser.parse_args(argv).name
-    registry = next((kind for kind in KINDS if name in kind.presets()), tokenizers)
+    registry = kind_of(name)
     chosen = registry.preset(name)
     with torch.device("meta"):
         made = registry.create(name)

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import lightning as L
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
@@ -19,6 +20,7 @@ from zoo.commands import cli
 from zoo.commands.common import expect_started
 from zoo.errors import ZooError, one_line
 from zoo.files import discard_parts, writing
+from zoo.hub import HubModel
 from zoo.registry import resource
 from zoo.training.callbacks import ResumingCSVLogger
 from zoo.weights import expect_fit, read_torch
@@ -92,9 +94,19 @@ def train(cfg: DictConfig) -> L.Trainer:
             if isinstance(callback, WeightAveraging):
                 callback.on_train_end(trainer, module)
     if trainer.is_global_zero:
+        for part in module.optimized().values():
+            if isinstance(part, HubModel):
+                part.about = about_run(cfg, trainer.global_step)
         path = module.save(output)
         print(f"trained {trainer.global_step} steps; {path.stem}, metrics and pictures are in {output}")
     return trainer
+
+
+def about_run(cfg: DictConfig, steps: int) -> dict[str, str]:
+    """What the weights of a run say of themselves: no paths and no times, so that a resumed run says the same."""
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    recipe = choices.get("experiment") or cfg.module._target_
+    return {"recipe": f"zoo train, {recipe}, {steps} steps", "data": choices.get("data") or cfg.data._target_}
 
 
 def precision(cfg: DictConfig) -> dict:

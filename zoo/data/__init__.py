@@ -3,5 +3,6 @@
 from zoo.data.datamodule import ZooDataModule
 from zoo.data.loader import Loader, joined, read_all
 from zoo.data.sources import folder, photos, scenes, shards
+from zoo.data.tokens import TokenDataset
 
-__all__ = ["Loader", "ZooDataModule", "folder", "joined", "photos", "read_all", "scenes", "shards"]
+__all__ = ["Loader", "TokenDataset", "ZooDataModule", "folder", "joined", "photos", "read_all", "scenes", "shards"]

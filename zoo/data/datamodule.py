@@ -6,6 +6,7 @@ from lightning import LightningDataModule
 
 from zoo.data import sources
 from zoo.data.loader import Loader
+from zoo.data.tokens import TokenDataset
 from zoo.errors import ZooError
 
 
@@ -41,6 +42,21 @@ class ZooDataModule(LightningDataModule):
     def from_photos(cls, *, fields=("image",), **options):
         """No training, and evaluation over `zoo.data.photos`."""
         return cls(None, sources.photos(fields), fields=fields, **options)
+
+    @classmethod
+    def from_tokens(
+        cls,
+        path: str | Path,
+        val_path: str | Path | None = None,
+        *,
+        tokenizer: str | None = None,
+        weights: str | Path | None = None,
+        fields=("tokens",),
+        **options,
+    ):
+        """Folders of `zoo pretokenize` to train and to validate on, of that tokenizer; see `zoo.data.TokenDataset`."""
+        val = None if val_path is None else TokenDataset(val_path, tokenizer=tokenizer, weights=weights)
+        return cls(TokenDataset(path, tokenizer=tokenizer, weights=weights), val, fields=fields, **options)
 
     def train_dataloader(self) -> Loader:
         if self.train is None:

@@ -7,7 +7,7 @@ import random
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -25,8 +25,10 @@ INTERPOLATIONS = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR, "opencv"
 class Decoder:
     """Makes the fields that a run asks for out of a raw sample, and decodes nothing else.
 
-    fields: "image", "depth", an array in a member `<field>.npy`, or any text: a member `<field>` or `<field>.txt` (for
-        "caption" also `txt`; for "class" also `cls`, a number), else an entry of the member `json`.
+    fields: "image", "depth", "tokens" (of `zoo.data.TokenDataset`; with `flip` those of the mirrored image for half of
+        the samples), an array in a member `<field>.npy`, the bytes that the file of a picture has ("image_bytes",
+        "depth_bytes"), or any text: a member `<field>` or `<field>.txt` (for "caption" also `txt`; for "class" also
+        `cls`, a number), else an entry of the member `json`.
     image_size: side of the square; None keeps the size of the file. What has that size is not resampled.
     crop: "center" and "random" scale the shorter side to image_size and cut a square out there; "resized" cuts out a
         `random_box`, its area a share from `crop_scale`, and scales that; "squash" cuts nothing and scales each side
@@ -66,8 +68,9 @@ class Decoder:
         return self.flip or self.crop in ("random", "resized")
 
     def __call__(self, raw: dict, depth: str, squash: bool, rng: random.Random | None = None) -> dict:
-        """{"key": str, "image": (3, H, W) bytes, or float in [0, 1], "depth": (1, H, W) float in [0, 1], others: as
-        they are}. depth, squash: of the source. BadSample for what cannot be made."""
+        """{"key": str, "image": (3, H, W) bytes, or float in [0, 1], "depth": (1, H, W) float in [0, 1], the arrays of
+        "tokens" by their names, other arrays as in `as_numbers`, others as they are}. depth, squash: of the source.
+        BadSample for what cannot be made."""
         sample, record = {"key": raw["__key__"]}, None
         try:
             for field in self.fields:
@@ -77,6 +80,11 @@ class Decoder:
                     sample[field] = self._depth(*_picture(raw, "depth", ("depth",)), depth, squash)
                 elif field == "class" and "cls" in raw:
                     sample[field] = int(raw["cls"])
+                elif field == "tokens":
+                    sample |= _tokens(raw, self.flip and rng.random() < 0.5)
+                elif field in ("image_bytes", "depth_bytes"):
+                    stems = ("", "image", "rgb") if field == "image_bytes" else ("depth",)
+                    sample[field] = len(_picture(raw, field, stems)[1])
                 elif f"{field}.npy" in raw:
                     sample[field] = _array(f"{field}.npy", raw[f"{field}.npy"])
                 elif text := next(
@@ -90,6 +98,8 @@ class Decoder:
                     sample[field] = record[field]
         except BadSample as error:
             raise BadSample(f"{raw['__url__']}: {raw['__key__']}", error.args[0]) from None
+        except ZooError:
+            raise
         except (ValueError, RecursionError) as error:  # bytes that are no text, no number or no JSON
             raise BadSample(f"{raw['__url__']}: {raw['__key__']}", f"{field!r} cannot be read ({error})") from None
         return sample
@@ -138,7 +148,7 @@ def read_depth(suffix: str, data: bytes, max_pixels: int = MAX_PIXELS) -> np.nda
                 member = archive.infolist()[0]
                 if member.file_size > 9 * max_pixels:  # doubles and their header
                     raise ValueError(f"{member.file_size:,} bytes for max_pixels={max_pixels:,}")
-                values = _read_npy(archive.read(member)).astype(np.float32)
+                values = read_npy(archive.read(member)).astype(np.float32)
         except Exception as error:  # as for pictures
             raise BadSample(f"{suffix!r} is no array ({error})") from None
         if values.ndim != 2:
@@ -301,20 +311,50 @@ def _picture(raw: dict, field: str, stems: tuple[str, ...]) -> tuple[str, bytes]
 
 def _array(suffix: str, data: bytes) -> np.ndarray:
     try:
-        return _read_npy(data)
-    except (ValueError, EOFError, OSError, KeyError, OverflowError) as error:
+        return as_numbers(read_npy(data))
+    except (ValueError, OverflowError) as error:
         raise BadSample(f"{suffix!r} is no whole array ({error})") from None
 
 
-def _read_npy(data: bytes) -> np.ndarray:
+def _tokens(raw: dict, mirrored: bool) -> dict[str, np.ndarray]:
+    if "__tokens__" not in raw:
+        raise ZooError("tokens are read from a folder of `zoo pretokenize`: data=tokens data.path=FOLDER")
+    return {name: array[0] for name, array in raw["__tokens__"]([raw], [int(mirrored)]).items()}
+
+
+def read_npy(data: bytes) -> np.ndarray:
     """The array in the bytes of a .npy file, whose header must not promise more than there is: it is believed."""
-    file, form = io.BytesIO(data), np.lib.format
-    header = {(1, 0): form.read_array_header_1_0, (2, 0): form.read_array_header_2_0}[form.read_magic(file)]
-    shape, _, dtype = header(file)
-    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data) - file.tell():
-        raise ValueError(f"{len(data) - file.tell()} bytes for an array {shape} of {dtype}")
-    file.seek(0)
-    return form.read_array(file, allow_pickle=False)
+    shape, order, dtype, start = npy_header(data)
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data) - start:
+        raise ValueError(f"{len(data) - start} bytes for an array {shape} of {dtype}")
+    return np.frombuffer(data, dtype, offset=start).reshape(shape, order=order)
+
+
+def npy_header(data: bytes) -> tuple[tuple[int, ...], str, np.dtype, int]:
+    """Shape, order, type and beginning of the numbers of a .npy file. Raises ValueError for what is none."""
+    size = {b"\1": 2, b"\2": 4}.get(data[6:7])
+    if not data.startswith(b"\x93NUMPY") or size is None:
+        raise ValueError("no .npy file of version 1 or 2")
+    start = 8 + size + int.from_bytes(data[8 : 8 + size], "little")
+    return *_parsed(data[:start]), start
+
+
+@lru_cache(maxsize=64)  # a data set has few, and to parse one takes longer than to read an array
+def _parsed(header: bytes) -> tuple[tuple[int, ...], str, np.dtype]:
+    file, form = io.BytesIO(header), np.lib.format
+    read = form.read_array_header_1_0 if form.read_magic(file) == (1, 0) else form.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError("Python objects, which are not read")
+    return shape, "F" if fortran else "C", dtype
+
+
+def as_numbers(array: np.ndarray) -> np.ndarray:
+    """A stored array as torch has such: bool, int64 or float32. Two bytes without a type are bfloat16, as ml_dtypes
+    and its users write it into .npy files, for which numpy has no name."""
+    if array.dtype == np.dtype("V2"):
+        return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return array.astype({"i": np.int64, "u": np.int64, "f": np.float32}.get(array.dtype.kind, array.dtype), copy=False)
 
 
 def _record(data: bytes) -> dict:

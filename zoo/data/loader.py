@@ -28,6 +28,7 @@ from webdataset.filters import shuffle
 from zoo.data.images import MAX_PIXELS, Decoder, collate, to_float
 from zoo.data.order import Mix, Order, quotas
 from zoo.data.sources import BadSample, Indexed, Patience, resolve
+from zoo.data.tokens import as_tokens
 from zoo.errors import ZooError
 
 log = logging.getLogger(__name__)
@@ -153,9 +154,13 @@ class Loader(DataLoader):
                 self._judge(seen, bad, final=False)
             for name, value in batch.items():
                 pixels = batches.rings[name][value].numpy() if isinstance(value, tuple) else value
-                if isinstance(pixels, np.ndarray):
+                if isinstance(pixels, np.ndarray) and pixels.dtype.kind in "bi":  # ids and masks
+                    batch[name] = torch.from_numpy(pixels[:count])
+                elif isinstance(pixels, np.ndarray):
                     batch[name] = self._room(pixels.shape)[:count]
                     to_float(pixels[:count], out=batch[name].numpy())
+            if tokens := {name: batch.pop(name) for name in list(batch) if name.startswith("tokens/")}:
+                batch["tokens"] = as_tokens(tokens)
             self.position += 1  # a run that ends before goes on with this batch
             if batch:
                 yield batch

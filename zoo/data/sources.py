@@ -175,12 +175,11 @@ class Tars(Indexed):
         path, starts = self.paths[unit], self.starts[unit]
         start = int(starts[index])
         try:
-            file = _open(path)
+            file = open_file(path)
             end = int(starts[index + 1]) if index + 1 < len(starts) else os.fstat(file.fileno()).st_size
-            # unlike read, it moves nothing that forked workers share
             span = os.pread(file.fileno(), max(0, end - start), start)
         except OSError:
-            _open.cache_clear()  # a network file system may have lost it
+            open_file.cache_clear()  # a network file system may have lost it
             raise
         raw = {"__key__": f"byte {start}", "__url__": path}
         for offset, name, data, size in members(lambda at, n: span[at - start : at - start + n], start, end):
@@ -314,7 +313,8 @@ class Reader:
 
 
 @lru_cache(maxsize=64)
-def _open(path: str):
+def open_file(path: str):
+    """To be read with os.pread, which moves nothing that forked workers share."""
     return open(path, "rb", buffering=0)
 
 

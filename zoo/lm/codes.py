@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from zoo import registry
-from zoo.errors import ZooError, expect_integer, nearest, shortened
+from zoo.errors import ZooError, expect_integer, shortened
 from zoo.files import write_json
 from zoo.flow import guide, guide_twice
 from zoo.lm.vision import TOKENIZER_FILE, GeneratedImages, Generators, Seen, Vision, drawn
@@ -216,19 +216,16 @@ def encode_settings(info: TokenizerInfo, num_tokens: int | None) -> dict:
 
 def _checked(info: TokenizerInfo, stream: Stream | str) -> Stream:
     """A stream with its words. Raises ZooError where the tokenizer has none like it."""
-    name = stream if isinstance(stream, str) else stream.name
-    if name not in info.streams:
-        raise ZooError(f"{info.name} has no stream '{name}'{nearest(name, info.streams)}")
-    size, levels = info.codebook_sizes[name], info.levels.get(name, 1)
+    plain = Stream.of(info, stream if isinstance(stream, str) else stream.name)
     if isinstance(stream, str):
-        return Stream(name, size, f"<{name}_{{}}>", levels, f"<{name}>", f"</{name}>")
-    if (stream.size, stream.levels) != (size, levels):
+        return plain
+    if (stream.size, stream.levels) != (plain.size, plain.levels):
         raise ZooError(
-            f"stream '{name}' of {info.name} has {size} codes and {levels} levels, got words for {stream.size} codes "
-            f"and {stream.levels} levels."
+            f"stream '{plain.name}' of {info.name} has {plain.size} codes and {plain.levels} levels, got words for "
+            f"{stream.size} codes and {stream.levels} levels."
         )
     if not (stream.begin and stream.end):
-        raise ZooError(f"stream '{name}' needs begin= and end=, the words around an image.")
+        raise ZooError(f"stream '{plain.name}' needs begin= and end=, the words around an image.")
     return stream
 
 

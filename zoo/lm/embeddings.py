@@ -69,7 +69,7 @@ class EmbeddingVision(Vision):
             raise ZooError(f"{info.name} has tokens of variable length; say with num_tokens how many are read.")
         self.config, self.num_tokens, self.length = config, num_tokens, num_tokens or info.max_tokens
         marks = {"begin": "<image>", "end": "</image>"} if config.marks else {}
-        self.streams = (Stream("image", 1, "<imageCode>", **marks),)
+        self.streams = (Stream("image", 1, "<imageCode>", latent=True, **marks),)
         self.projector = nn.Sequential(
             nn.Linear(info.embedding_dim, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
         )

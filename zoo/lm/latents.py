@@ -15,12 +15,12 @@ from zoo.lm.vision import TOKENIZER_FILE, GeneratedImages, Generators, Seen, Vis
 from zoo.tokenizer import Tokens, config_fields, make_config
 from zoo.tokenizers.mingtok.head import FlowHead, FlowHeadConfig
 from zoo.tokenizers.mingtok.tokenizer import MingTokTokenizer
-from zoo.vocabulary import Stream
+from zoo.vocabulary import latent_slot
 
 if TYPE_CHECKING:
     from zoo.lm.model import VisualLM
 
-IMAGE = Stream("image", 1, "<imagePatch>", begin="<image>", end="</image>")
+IMAGE = latent_slot("image")
 
 
 class FlowVision(Vision):

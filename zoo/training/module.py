@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from zoo.distributed import min_over_ranks
 from zoo.errors import ZooError
 from zoo.registry import save_tokenizer
-from zoo.tokenizer import Tokenizer
+from zoo.tokenizer import Tokenizer, Tokens
 from zoo.training.schedules import constant
 from zoo.training.sharding import ShardedStrategy, blocks, split, total_norm
 
@@ -349,7 +349,7 @@ def moving_buffers(module: nn.Module) -> list[Tensor]:
 
 def batch_size(batch: dict) -> int:
     """Number of samples of a batch."""
-    return len(next(value for value in batch.values() if isinstance(value, Tensor)))
+    return len(next(value for value in batch.values() if isinstance(value, (Tensor, Tokens))))
 
 
 def _parameters(optimizer) -> list[nn.Parameter]:

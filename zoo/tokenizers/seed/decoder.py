@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from zoo import registry
 from zoo.errors import ZooError, expect_number
 from zoo.flow import check_steps, euler, falling, guide, interpolate
+from zoo.hub import HubModel
 from zoo.nn.embedding import TimeEmbedding, sinusoids
 from zoo.nn.transformer import Attention, Mlp
 from zoo.tokenizer import Preset, Tokenizer, Tokens, Weights
@@ -123,7 +124,7 @@ class DiTOutput(nn.Module):
         return self.linear(torch.addcmul(shift, self.norm(h), 1 + scale))
 
 
-class FlowDecoder(nn.Module):
+class FlowDecoder(HubModel, nn.Module, pipeline_tag="image-to-image"):
     """Makes images of embeddings (B, E), through the latents of a tokenizer.
 
     As in unCLIP the network reads the embedding whitened and mixed with noise at a level that it is told, so that it

@@ -83,7 +83,7 @@ class EncoderInfo:
     input = "image"
 
 
-class SigLIPEncoder(ImageReader):
+class SigLIPEncoder(ImageReader, pipeline_tag="zero-shot-image-classification"):
     """Embeds images (B, 3, H, W) in [0, 1] and texts into one space, and gives features of every layer.
 
     `encode_image`, `encode_text`, `features` and `similarity` are the public, checked and gradient-free side; training

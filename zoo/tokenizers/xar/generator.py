@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError, expect_number, shortened
 from zoo.flow import check_steps, euler, euler_maruyama, guide, heun, linear_scale
+from zoo.hub import HubModel
 from zoo.nn.autoencoder import to_tokens
 from zoo.nn.cache import Cache
 from zoo.nn.embedding import TimeEmbedding
@@ -199,7 +200,7 @@ def time_ids(t: Tensor) -> Tensor:
     return (t.float() * TIMES).long()
 
 
-class XARGenerator(nn.Module):
+class XARGenerator(HubModel, nn.Module, pipeline_tag="unconditional-image-generation"):
     """Generates latents of a continuous tokenizer for a class, entity by entity."""
 
     Config = XARConfig

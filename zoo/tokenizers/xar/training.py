@@ -129,10 +129,12 @@ class XARTraining(TrainingModule):
     def latents(self, batch: dict, view: Tensor, noise: Tensor) -> Tensor:
         """(B, C, g, g) scaled latents: of a KL autoencoder drawn from the posterior with the noise (B, C, g, g).
 
-        A batch with the moments that `zoo pretokenize` wrote is not encoded; of its views (mirrored or not) each image
-        takes the one at `view` (B,) in [0, 1).
+        A batch with tokens that `zoo pretokenize` wrote is not encoded, nor one with moments; of their views (mirrored
+        or not) each image takes the one at `view` (B,) in [0, 1).
         """
-        space = self.tokenizer
+        space, shape = self.tokenizer, self.generator.info.shape[1:]
+        if "tokens" in batch:
+            return to_map(space.check_tokens(batch["tokens"]).latents["image"], shape)
         if "moments" in batch:
             views = batch["moments"].float()
             moments = views[torch.arange(len(views), device=self.device), (view * views.shape[1]).long()]
@@ -140,7 +142,7 @@ class XARTraining(TrainingModule):
         if isinstance(space, KLTokenizer):
             return space.scaled_latents(space.config.to_values(batch["image"]), True, noise)
         whole = {"num_tokens": space.info.max_tokens} if space.info.variable_length else {}
-        return to_map(space.encode(batch["image"], **whole).latents["image"], self.generator.info.shape[1:])
+        return to_map(space.encode(batch["image"], **whole).latents["image"], shape)
 
     @torch.no_grad()
     def pictures(self, batch: dict, count: int) -> Tensor:
