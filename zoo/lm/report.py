@@ -176,7 +176,7 @@ def in_batches(function: Callable, rows, title: str = ""):
 
 def written_captions(model: VisualLM, images: Tensor) -> list[str]:
     """Greedy captions of images (B, 3, H, W) in [0, 1]."""
-    room = min(LONGEST, model.context - model.bos - model.vision.longest)
+    room = min(LONGEST, model.context - model.bos - model.vision.words_of(written=False))
     return in_batches(lambda some: generate_text(model, some, max_new_tokens=room), images, "captions from images")
 
 
