@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,25 +27,13 @@ from zoo.data import read_all, scenes
 from zoo.data.labels import ATTRIBUTES
 from zoo.data.render import ROOM_COLORS
 from zoo.errors import ZooError
+from zoo.lm.facts import ORDER, Facts, fact_scores, facts_of_scenes
 from zoo.registry import resource
 from zoo.tokenizer import config_fields, make_config
-
-ORDER = ("size", "color", "material", "shape")
-"""Of the attributes of an object, as captions name them."""
 
 FLOORS = tuple(ROOM_COLORS)
 FIELDS = {"image": 3, "depth": 1}
 """What is judged, and its channels."""
-
-
-class Facts(NamedTuple):
-    """What a caption says, or a scene holds."""
-
-    count: int | None
-    """The number of objects as it is stated."""
-    floor: str | None
-    objects: Counter
-    """(size, colour, material, shape) of each object that is named, "" for what is left out."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +73,9 @@ class SceneJudge(nn.Module):
     def __init__(self, config: JudgeConfig = JudgeConfig()):
         super().__init__()
         self.config, w = config, config.width
-        self.stem = nn.Sequential(convolution(FIELDS[config.field], w // 2), nn.ReLU(), convolution(w // 2, w, stride=2))
+        self.stem = nn.Sequential(
+            convolution(FIELDS[config.field], w // 2), nn.ReLU(), convolution(w // 2, w, stride=2)
+        )
         self.fine = Residual(w)
         self.middle = nn.Sequential(convolution(w, 2 * w, stride=2), nn.ReLU(), Residual(2 * w), Residual(2 * w))
         self.coarse = nn.Sequential(convolution(2 * w, 2 * w, stride=2), nn.ReLU(), Residual(2 * w), Residual(2 * w))
@@ -164,7 +153,9 @@ def loss_of(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tensor:
     return loss + sum(F.cross_entropy(found[name], wanted[name], ignore_index=-1) for name in ORDER)
 
 
-def augmented(images: Tensor, wanted: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+def augmented(
+    images: Tensor, wanted: dict[str, Tensor], generator: torch.Generator
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Half of the batches mirrored, all moved by some cells; a half blurred, as pictures of tokenizers are."""
     draws = torch.rand(2, generator=generator).tolist()
     down, right = torch.randint(-4, 5, (2,), generator=generator).tolist()
@@ -191,7 +182,9 @@ def moved(maps: Tensor, down: int, right: int, fill: float = 0.0, edge: bool = F
     return result.masked_fill(~inside, fill)
 
 
-def train_judge(train: dict, config: JudgeConfig, epochs: int = 8, batch_size: int = 32, lr: float = 4e-3) -> SceneJudge:
+def train_judge(
+    train: dict, config: JudgeConfig, epochs: int = 8, batch_size: int = 32, lr: float = 4e-3
+) -> SceneJudge:
     """A judge from a batch of all training scenes, with the fields of config.field, "objects" and "floor".
 
     The same on every run on one machine; the learning rate goes up in a tenth of the steps and down in the others.
@@ -237,9 +230,13 @@ def save_judge(judge: SceneJudge, path: str | Path) -> None:
     weights.save(path, judge.state_dict(), config_fields(judge.config))
 
 
-def load_judge(field: str = "image", path: str | Path | None = None) -> SceneJudge:
-    """The judge of a file of `save_judge`; default: the one in this repository for "image" or "depth"."""
-    path = resource("checkpoints") / f"scene-judge-{field}.safetensors" if path is None else path
+def judge_file(field: str) -> Path:
+    """The judge of "image" or "depth" in this repository."""
+    return resource("checkpoints") / f"scene-judge-{field}.safetensors"
+
+
+def load_judge(path: str | Path) -> SceneJudge:
+    """The judge of a file of `save_judge`, in evaluation mode. Raises ZooError for any other file."""
     state, metadata = weights.read(path)
     judge = SceneJudge(make_config(JudgeConfig(), json.loads(metadata["zoo"])))
     weights.load(judge, state, path)
@@ -252,14 +249,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--field", default="image", choices=FIELDS)
     parser.add_argument("--epochs", type=int, default=8)
     args = parser.parse_args(argv)
-    from zoo.lm.report import caption_scores, facts_of_scenes
-
     fields = [args.field, "count", "objects", "floor"]
     train, val = (read_all(scenes(split), fields) for split in ("train", "val"))
     judge = train_judge(train, JudgeConfig(args.field), args.epochs)
     save_judge(judge, args.output)
     found = [facts for rows in val[args.field].split(64) for facts in judge.describe(rows)]
-    for name, score in caption_scores(found, facts_of_scenes(val)).items():
+    for name, score in fact_scores(found, facts_of_scenes(val)).items():
         print(f"{name:28} {score:.3f}")
     print(f"{len(found)} validation scenes; threshold {judge.config.threshold}; the judge is in {args.output}")
 
