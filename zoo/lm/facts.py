@@ -48,8 +48,11 @@ def facts_of_scenes(batch: dict) -> list[Facts]:
 
 
 def fact_scores(said: Sequence[Facts], true: Sequence[Facts]) -> dict[str, float]:
-    """How right statements are; what is not stated is wrong. Precision and recall are of objects over all scenes, equal ones
-    counted as often as they are named; exact is the share of scenes with every object and no other."""
+    """How right statements are; what is not stated is wrong.
+
+    Precision and recall are of objects over all scenes, equal ones counted as often as they are named; exact is the
+    share of scenes with every object and no other.
+    """
     pairs = list(zip(said, true, strict=True))
     scores = {
         "number stated": fmean(one.count == other.count for one, other in pairs),

@@ -1,6 +1,6 @@
-"""A judge of pictures of the embedded scenes: it names the objects that it finds, and so can be asked what captions say.
+"""A judge of pictures of the embedded scenes: it names the objects that it finds, as captions do.
 
-    python -m zoo.lm.judge --output judge.safetensors [--field image] [--epochs 8]
+    python -m zoo.lm.judge --output judge.safetensors [--field image] [--epochs 6]
 
 A small convolutional network, trained on the 4,096 real training scenes alone: for each place of a grid it says whether
 an object has its middle there (focal loss on a map with a soft peak at the middle of each box, as in CenterNet, arXiv
@@ -183,7 +183,7 @@ def moved(maps: Tensor, down: int, right: int, fill: float = 0.0, edge: bool = F
 
 
 def train_judge(
-    train: dict, config: JudgeConfig, epochs: int = 8, batch_size: int = 32, lr: float = 4e-3
+    train: dict, config: JudgeConfig, epochs: int = 6, batch_size: int = 32, lr: float = 4e-3
 ) -> SceneJudge:
     """A judge from a batch of all training scenes, with the fields of config.field, "objects" and "floor".
 
@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--field", default="image", choices=FIELDS)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=6)
     args = parser.parse_args(argv)
     fields = [args.field, "count", "objects", "floor"]
     train, val = (read_all(scenes(split), fields) for split in ("train", "val"))

@@ -8,12 +8,12 @@ the scenes states the number of objects and names each of them by size, colour, 
 The order of the objects ("from left to right") is not judged.
 
 Pictures of the 512 validation captions are judged in the same way: a network that was trained on the real training
-scenes (zoo.lm.judge) names the objects that it sees, and they are compared with those of the caption. Pictures in colour
-are judged by siglip-tiny as well, without training: by how well they and their captions find each other, and by how often
-they fit their caption better than the same one with one colour, or one number, replaced by another. The same judges on
-real pictures, and on what the visual tokenizer alone makes of them ("rebuilt"), say how much they can be trusted. What can
-be had for nothing: the true caption and the written picture of another scene ("of others"), and what is most frequent in
-training ("usual").
+scenes (zoo.lm.judge) names the objects that it sees, and they are compared with those of the caption. Pictures in
+colour are judged by siglip-tiny as well, without training: by how well they and their captions find each other, and by
+how often they fit their caption better than the same one with one colour, or one number, replaced by another. The same
+judges on real pictures, and on what the visual tokenizer alone makes of them ("rebuilt"), say how much they can be
+trusted. What can be had for nothing: the true caption and the written picture of another scene ("of others"), and what
+is most frequent in training ("usual").
 
 Writes report.json, pictures.safetensors (the first that were written) and pairs.png. With --compare each RUN is an
 output_dir of `zoo train`, whose report goes to RUN/report and is kept, and --output receives one table of them all, see
