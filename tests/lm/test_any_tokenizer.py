@@ -32,7 +32,7 @@ SHIPPED = [
 SMALL = [
     *("module.lm.hidden_size=32", "module.lm.num_hidden_layers=1", "module.lm.intermediate_size=32"),
     *("module.lm.num_attention_heads=2", "module.lm.num_key_value_heads=2", "module.text_tokenizer.vocab_size=300"),
-    "module.head={condition_dim: 32, width: 32, depth: 1, num_steps: 2}",
+    *("module.head.condition_dim=32", "module.head.width=32", "module.head.depth=1", "+module.head.num_steps=2"),
 ]
 TO_IMAGE, NEVER = torch.tensor([True, False, False, True]), torch.zeros(4, dtype=torch.bool)
 SIZES = {name: HEAD[name] for name in ("condition_dim", "width", "depth", "num_steps")}

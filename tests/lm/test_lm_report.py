@@ -126,7 +126,7 @@ def runs(tmp_path_factory):
         *("experiment=lm", "trainer.max_steps=2", "trainer.limit_val_batches=0", "data.batch_size=2"),
         *("module.lm.hidden_size=16", "module.lm.num_hidden_layers=1", "module.lm.intermediate_size=16"),
         *("module.text_tokenizer.vocab_size=300", "callbacks.best=null", "callbacks.progress=null"),
-        *("module.head={condition_dim: 16, width: 16, depth: 1, num_steps: 1}", "schedule.warmup_steps=0"),
+        *("module.head.condition_dim=16", "module.head.width=16", "module.head.depth=1", "schedule.warmup_steps=0"),
     ]
     for name in ("kl-tiny", "aurora-tiny"):
         train(cli.compose("train", [*options, f"tokenizer={name}", f"output_dir={folder / name}"]))
