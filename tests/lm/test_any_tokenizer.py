@@ -32,6 +32,7 @@ SHIPPED = [
 SMALL = [
     *("module.lm.hidden_size=32", "module.lm.num_hidden_layers=1", "module.lm.intermediate_size=32"),
     *("module.lm.num_attention_heads=2", "module.lm.num_key_value_heads=2", "module.text_tokenizer.vocab_size=300"),
+    "data.train.split=val",  # of fewer captions
     *("module.head.condition_dim=32", "module.head.width=32", "module.head.depth=1", "+module.head.num_steps=2"),
 ]
 TO_IMAGE, NEVER = torch.tensor([True, False, False, True]), torch.zeros(4, dtype=torch.bool)
@@ -204,17 +205,18 @@ def test_a_model_of_latents_comes_back(kind, tmp_path):
     assert len(ours[1]) == 2 * model.vision.length
 
 
-def made(name, head=SIZES, **settings):
-    return VisualLM.create(language_model({}), text_words(), zoo.create_tokenizer(name), head, **settings)
+def made(name, head=SIZES, streams=None, num_tokens=None, **sizes):
+    tokenizer = zoo.create_tokenizer(name, **sizes)
+    return VisualLM.create(language_model({}), text_words(), tokenizer, head, streams, num_tokens)
 
 
 @pytest.mark.parametrize(
     ("call", "complaint"),
     [
         (lambda: made("kl-tiny", {"depht": 2}), "FlowHeadConfig has no field 'depht'; did you mean depth"),
-        (lambda: made("kl-tiny", FlowHeadConfig(**HEAD)), "feature_dim 32 and kl-tiny needs 8; set head.feature_dim"),
+        (lambda: made("kl-tiny", FlowHeadConfig(**HEAD)), "latent_dim 4 and kl-tiny needs 8; set head.latent_dim"),
         (lambda: made("kl-tiny", num_tokens=3), "num_tokens is for tokenizers of variable length"),
-        (lambda: made("karl-small-vae"), "karl-small-vae has latents of variable length; say with num_tokens"),
+        (lambda: made("karl-tiny", quantize=False), "karl-tiny has latents of variable length; say with num_tokens"),
         (lambda: made("kl-tiny", streams=["image"]), "kl-tiny has latents, .* and no streams"),
     ],
 )
