@@ -171,9 +171,8 @@ def draw_pairs(path: Path, images: Tensor, captions: Sequence[str], said: Sequen
         for axis, image in zip(line, [images[i], *([] if shown is None else [shown[i]])], strict=False):
             show(axis, image)
         for text, place, color in ((captions[i], 0.98, "0.2"), (said[i], 0.46, "tab:blue")):
-            shown_text = "".join(
-                one if one.isascii() and one.isprintable() else "?" for one in text
-            )  # it may say any bytes
+            shown_text = text.encode("ascii", "replace").decode()  # a model may say any bytes
+            shown_text = "".join(one if one.isprintable() else "?" for one in shown_text)
             line[2].text(0, place, fill(shown_text, 118), color=color, fontsize=7, va="top", parse_math=False)
         for axis, title in zip(line, titles, strict=True):
             axis.set_axis_off()
