@@ -11,7 +11,6 @@ Objects are the peaks of that map above a threshold, the one that counts best on
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -238,7 +237,7 @@ def judge_file(field: str) -> Path:
 def load_judge(path: str | Path) -> SceneJudge:
     """The judge of a file of `save_judge`, in evaluation mode. Raises ZooError for any other file."""
     state, metadata = weights.read(path)
-    judge = SceneJudge(make_config(JudgeConfig(), json.loads(metadata["zoo"])))
+    judge = SceneJudge(make_config(JudgeConfig(), weights.description(metadata, path, "field", "threshold")))
     weights.load(judge, state, path)
     return judge.eval()
 

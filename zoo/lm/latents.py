@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,7 +112,7 @@ class FlowVision(Vision):
     @classmethod
     def load(cls, folder: Path) -> tuple[FlowVision, dict]:
         state, metadata = weights.read(folder / cls.FILE)
-        about = json.loads(metadata["zoo"])
+        about = weights.description(metadata, folder / cls.FILE, "tokenizer", "config", "bos")
         head = FlowHead(make_config(FlowHeadConfig(), about["config"]))
         weights.load(head, state, folder / cls.FILE)
         tokenizer = registry.load_tokenizer(about["tokenizer"], folder / TOKENIZER_FILE)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from zoo.errors import ZooError
-from zoo.flow import euler, euler_maruyama, guide, heun, linear_scale
+from zoo.errors import ZooError, expect_number, shortened
+from zoo.flow import check_steps, euler, euler_maruyama, guide, heun, linear_scale
 from zoo.nn.autoencoder import to_tokens
 from zoo.nn.cache import Cache
 from zoo.nn.embedding import TimeEmbedding
@@ -168,12 +168,18 @@ class Condition(NamedTuple):
 class Block(nn.Module):
     """Pre-norm block whose two parts are scaled, shifted and gated by the condition (adaLN, arXiv 2212.09748)."""
 
+    RUNS = ("modulation_of",)  # beside forward; see zoo.training.sharding
+
     def __init__(self, width: int, num_heads: int, c: XARConfig):
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(width, weight=False), RMSNorm(width, weight=False)
         self.attn = Attention(width, num_heads, c.attention_dropout, c.dropout)
         self.mlp = GatedMlp(width, c.mlp_ratio, c.dropout)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def modulation_of(self, values: Tensor) -> Tensor:
+        """Conditions (..., D) to what forward modulates by, (..., 6 D)."""
+        return self.modulation(values)
 
     def forward(self, x: Tensor, modulation: Tensor, angles: Tensor, mask=None, remember=None) -> Tensor:
         """x (R, groups, tokens, D); modulation: (..., 6 D) that broadcasts over it; others: see Attention."""
@@ -283,18 +289,18 @@ class XARGenerator(nn.Module):
                 x = self.decoder_embed(self.encoder_norm(x)) + positions
                 angles = turns(*self.decoder_angles[:, span])
             remember = None if cache is None else functools.partial(cache, number)
-            made = block.modulation(condition.values) if condition.made is None else condition.made[number]
+            made = block.modulation_of(condition.values) if condition.made is None else condition.made[number]
             x = block(x, condition.spread(made), angles, mask, remember)
         return self.head(self.decoder_norm(x)).flatten(1, 2) if output else None
 
     def check_settings(self, num_steps: int | None, guidance: float | None, sampler: str) -> None:
         """Raise ZooError for settings of `sample` that it does not take."""
-        if num_steps is not None and (type(num_steps) is not int or num_steps < 2):
-            raise ZooError(f"num_steps must be an integer of at least 2, got {num_steps!r}.")
-        if guidance is not None and not guidance >= 0:  # false for NaN too
-            raise ZooError(f"guidance must not be below 0, got {guidance}.")
-        if sampler not in SAMPLERS:
-            raise ZooError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
+        if num_steps is not None:
+            check_steps(num_steps, least=2)
+        if guidance is not None:
+            expect_number("guidance", guidance, 0)
+        if not isinstance(sampler, str) or sampler not in SAMPLERS:
+            raise ZooError(f"sampler must be one of {', '.join(SAMPLERS)}, got {shortened(sampler)}.")
 
     def generate(self, labels: Tensor, **arguments) -> Tokens:
         """Tokens that the tokenizer decodes, for labels (B,) in 0..num_classes; others: of `sample`."""
@@ -323,8 +329,13 @@ class XARGenerator(nn.Module):
                 its batch.
         """
         self.check_settings(num_steps, guidance, sampler)
-        if labels.ndim != 1 or labels.is_floating_point() or ((labels < 0) | (labels > self.no_class)).any():
-            raise ZooError(f"labels are integers (B,) from 0 to {self.no_class} (no class), got {labels.tolist()}.")
+        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype != torch.int64 or not len(labels):
+            raise ZooError(f"labels are integers, int64 (B,), one for each image, got {shortened(labels)}.")
+        if not 0 <= labels.min() <= labels.max() <= self.no_class:
+            raise ZooError(f"labels are integers (B,) from 0 to {self.no_class} (no class), got {shortened(labels)}.")
+        drawing = generator if isinstance(generator, (list, tuple)) else [generator] * len(labels)
+        if len(drawing) != len(labels) or not all(one is None or isinstance(one, torch.Generator) for one in drawing):
+            raise ZooError(f"generator is a torch.Generator, or a list of {len(labels)}, got {shortened(generator)}.")
         c, lengths = self.config, self.partition.lengths
         steps = c.num_steps if num_steps is None else num_steps
         scale = c.guidance if guidance is None else guidance
@@ -369,7 +380,7 @@ class XARGenerator(nn.Module):
         ids = time_ids(torch.tensor(times)).to(labels.device)
         values = self.condition(labels, ids[:, None])  # (times, labels, D)
         few = len(labels) <= FEW_LABELS
-        made = [block.modulation(values) for block in self.blocks] if few else None
+        made = [block.modulation_of(values) for block in self.blocks] if few else None
         place = {t: i for i, t in enumerate(times)}
 
         def at(t: float, rows: Tensor) -> Condition:
@@ -461,6 +472,6 @@ PRESETS = {
             guidance=2.0,
         ),
         "small generator trained on the embedded scenes: 64 x 64 images by the colour that covers most",
-        Weights("xar-tiny.safetensors"),
+        Weights("xar-tiny.safetensors", "baf8195fa89dce095480fdeb8df8829c616072c2066ea03be421178dcb568cea"),
     )
 }
