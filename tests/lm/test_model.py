@@ -69,7 +69,7 @@ def test_a_padded_batch_of_both_directions_equals_its_pairs_one_by_one():
 @torch.no_grad()
 def test_a_dropped_text_is_one_that_the_attention_mask_hides(lm):
     model, (t, noise) = make(lm), draws(4)
-    inputs, latents = model.vision.inputs(pictures(4)[:1])
+    inputs, latents = model.vision.see(pictures(4)[:1])[1:]
     text = model.text_ids(CAPTIONS[0])
     ids, live = model.pad([model.join(text, N)], "right")
     live[:, : len(text)] = False

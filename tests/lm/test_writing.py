@@ -17,7 +17,7 @@ def recomputed(model, prompt, image, text_scale, image_scale):
     if image is None:
         rows = [read(None, text), read(None, [])]
     else:
-        inputs = vision.inputs(image)[0]
+        inputs = vision.see(image).inputs
         rows = [read(inputs, N, text), read(None, []), read(inputs, N)]
     generator, latents = generators(1)[0], []
     for _ in range(N):
@@ -95,7 +95,7 @@ def test_prompts_and_draws_decide_the_image():
 @torch.no_grad()
 def test_a_greedy_caption_equals_recomputation_without_a_cache(lm):
     model, image = make(lm), pictures(1)
-    row, inputs = model.join(N, model.text_ids("a small")), model.vision.inputs(image)[0]
+    row, inputs = model.join(N, model.text_ids("a small")), model.vision.see(image).inputs
     for _ in range(8):
         logits = model.lm(inputs_embeds=model.embed(row[None], inputs)).logits[0, -1, : model.vocabulary.text_size]
         row = torch.cat([row, logits.argmax()[None]])

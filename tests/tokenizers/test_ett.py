@@ -13,7 +13,7 @@ from zoo import ZooError, registry
 from zoo.commands import cli
 from zoo.data import Loader, read_all, scenes
 from zoo.lm import EmbeddingConfig, VisualLM
-from zoo.lm.report import resized
+from zoo.lm.judge import resized
 from zoo.lm.text import train_text_tokenizer
 from zoo.tokenizers.ett.report import COLUMNS, found_runs, report, summary
 

@@ -37,6 +37,8 @@ class CodeVision(Vision):
         num_tokens: of a tokenizer of variable length: exactly so many of each image, as its encode(num_tokens=) gives
             them. Without it those that are live are read, and no images are written, since where dropped ones were
             cannot be told from the others.
+        by_direction: an image that is written has only those streams that decode reads, and one that is read only the
+            others, if there are any.
 
     Raises:
         ZooError: a tokenizer of latents, a stream that it does not have, or words that do not fit one.
@@ -50,6 +52,7 @@ class CodeVision(Vision):
         tokenizer: Tokenizer,
         streams: Sequence[Stream | str] | None = None,
         num_tokens: int | None = None,
+        by_direction: bool = False,
     ):
         super().__init__(tokenizer)
         info = tokenizer.info
@@ -59,14 +62,20 @@ class CodeVision(Vision):
         streams = info.streams if streams is None else [streams] if isinstance(streams, str) else streams
         self.streams = tuple(_checked(info, one) for one in streams)
         self.num_tokens, self.length = num_tokens, num_tokens or info.max_tokens
+        self.by_direction = by_direction
         missing = set(info.decoded or info.streams) - {stream.name for stream in self.streams}
         if missing:
             self.obstacle = f"pixels are decoded from the stream '{min(missing)}', which is not among those in use"
         elif info.variable_length and num_tokens is None:
             self.obstacle = "tokens of variable length are read and not written yet; set num_tokens"
 
+    def standing(self, written: bool) -> tuple[Stream, ...]:
+        decoded = self.tokenizer.info.decoded or self.tokenizer.info.streams
+        chosen = tuple(stream for stream in self.streams if (stream.name in decoded) == written)
+        return (chosen if self.by_direction else ()) or self.streams
+
     @torch.no_grad()
-    def see(self, images: Tensor) -> Seen:
+    def perceive(self, images: Tensor) -> Seen:
         # ids are exact whatever the precision of the training around them
         with torch.autocast(images.device.type, enabled=False):
             tokens = self.tokenizer._encode(images.to(self.tokenizer.dtype), **self.settings)
@@ -81,7 +90,8 @@ class CodeVision(Vision):
 
     def save(self, folder: Path, about: dict) -> None:
         streams = [asdict(stream) for stream in self.streams]
-        about = {"tokenizer": self.tokenizer.info.name, "streams": streams, "num_tokens": self.num_tokens} | about
+        settings = {"num_tokens": self.num_tokens, "by_direction": self.by_direction}
+        about = {"tokenizer": self.tokenizer.info.name, "streams": streams} | settings | about
         write_json(folder / self.FILE, about)
         super().save(folder, about)
 
@@ -93,7 +103,8 @@ class CodeVision(Vision):
             name, num_tokens, _ = about["tokenizer"], about["num_tokens"], about["bos"]
         except (ValueError, KeyError, TypeError) as error:
             raise ZooError(f"{folder / cls.FILE} is not what VisualLM.save wrote ({error}); copy it again.") from error
-        return cls(registry.load_tokenizer(name, folder / TOKENIZER_FILE), streams, num_tokens), about
+        tokenizer = registry.load_tokenizer(name, folder / TOKENIZER_FILE)
+        return cls(tokenizer, streams, num_tokens, about.get("by_direction", False)), about
 
 
 class CodeWriter:
@@ -160,7 +171,7 @@ class CodeWriter:
     def tokens(self, written: Tensor) -> Tokens:
         """Of all numbers (B, length)."""
         info, ids, names = self.vision.tokenizer.info, {}, [name for name, _ in _places(self.vision, self.model)[1:]]
-        for stream in self.vision.streams:
+        for stream in self.vision.standing(written=True):
             codes = written[:, [name == stream.name for name in names]]
             if stream.name in info.levels:
                 codes = codes.unflatten(1, (-1, stream.levels))
@@ -232,7 +243,7 @@ def _checked(info: TokenizerInfo, stream: Stream | str) -> Stream:
 def _places(vision: CodeVision, model: VisualLM) -> list[tuple[str, range]]:
     """The places of an image in their order: the stream ("" for the words around it), and which ids are possible."""
     places = []
-    for stream in vision.streams:
+    for stream in vision.standing(written=True):
         begin, end = (model.vocabulary.id_of(word) for word in (stream.begin, stream.end))
         codes = model.vocabulary.code_ids(stream.name)
         position = [(stream.name, codes[level * stream.size :][: stream.size]) for level in range(stream.levels)]

@@ -88,16 +88,20 @@ class EmbeddingVision(Vision):
                 f"{hidden_size}."
             )
 
-    def see(self, images: Tensor) -> Seen:
+    def perceive(self, images: Tensor) -> Seen:
         # ids are exact whatever the precision of the training around them
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             tokens = self.tokenizer._encode(images.to(self.tokenizer.dtype), **self.settings)
             codes = self.tokenizer._embed(tokens)
-        return self.seen(codes, tokens.ids[self.tokenizer.info.streams[0]] if self.visual_head else None)
+        ids = tokens.ids[self.tokenizer.info.streams[0]] if self.visual_head else None
+        return Seen(patches(*codes.shape[:2]), codes, ids)
+
+    def project(self, seen: Seen) -> Seen:
+        return seen._replace(inputs=self.projector(seen.inputs))
 
     def seen(self, codes: Tensor, ids: Tensor | None = None) -> Seen:
         """What `see` gives of images, from their codebook embeddings (B, N, D), with gradient, and ids (B, N)."""
-        return Seen(patches(*codes.shape[:2]), self.projector(codes), ids)
+        return self.project(Seen(patches(*codes.shape[:2]), codes, ids))
 
     def loss(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Cross entropy (n,) of the ids (n,) after the hidden states (n, hidden_size)."""

@@ -66,14 +66,14 @@ def generate_image(
     text_scale = vision.text_scale if text_scale is None else text_scale
     image_scale = vision.image_scale if image_scale is None else image_scale
     seen = None if images is None else vision.see(vision.tokenizer.check_images(images))
-    given = [()] * count if seen is None else [(seen.tokens[i],) for i in range(count)]
+    given = [()] * count if seen is None else [(vision.shown(seen.tokens[i], written=False),) for i in range(count)]
     # what each row of guidance reads, in the order of Vision.writer
     rows = [(*image, text) for image, text in zip(given, texts, strict=True)]
     copies = 1
     if text_scale != 1 or (seen is not None and image_scale != 1):
         rows += [([],)] * count + ([] if seen is None else given)
         copies = 2 if seen is None else 3
-    mark = vision.streams[0].begin
+    mark = vision.standing(written=True)[0].begin
     begin = torch.tensor([model.vocabulary.id_of(mark)] if mark else [], dtype=torch.int64)
     if copies > 1 and not (mark or model.bos):
         raise ZooError("guidance needs a word before an image without its text, and this model has none; use scale 1.")
@@ -116,12 +116,13 @@ def generate_text(model: VisualLM, images: Tensor, prompt: str = "", max_new_tok
 
     Raises ZooError where image, prompt and max_new_tokens do not fit into the context.
     """
-    seen = model.vision.see(model.vision.tokenizer.check_images(images))
     if not isinstance(prompt, str):
         raise ZooError(f"prompt is a text, got {shortened(prompt)}.")
     expect_integer("max_new_tokens", max_new_tokens, 1)
-    text = model.text_ids(prompt)
-    ids, live = model.pad([model.join(seen.tokens[i], text) for i in range(len(images))], "left")
+    vision, text = model.vision, model.text_ids(prompt)
+    seen = vision.see(vision.tokenizer.check_images(images))
+    given = [vision.shown(seen.tokens[i], written=False) for i in range(len(images))]
+    ids, live = model.pad([model.join(image, text) for image in given], "left")
     if ids.shape[1] + max_new_tokens > model.context:
         raise ZooError(
             f"image and prompt of {ids.shape[1]} positions and max_new_tokens {max_new_tokens} are longer than the "

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,11 +33,10 @@ from zoo.errors import ZooError, one_line, shortened
 from zoo.hub import pretrained
 from zoo.lm.codes import CodeVision
 from zoo.lm.embeddings import EmbeddingConfig, EmbeddingVision
-from zoo.lm.latents import FlowVision
+from zoo.lm.latents import FlowVision, flow_head
 from zoo.lm.vision import Seen, Vision, patches
 from zoo.tokenizer import Tokenizer, Tokens
-from zoo.tokenizers.mingtok.head import FlowHead, FlowHeadConfig
-from zoo.tokenizers.mingtok.tokenizer import MingTokTokenizer
+from zoo.tokenizers.mingtok.head import FlowHeadConfig
 from zoo.vocabulary import Stream, Vocabulary
 
 VISIONS = FlowVision, CodeVision, EmbeddingVision
@@ -88,11 +87,12 @@ class VisualLM(nn.Module):
         lm: PretrainedConfig | str | Path,
         words: PreTrainedTokenizerFast | str | Path,
         tokenizer: Tokenizer,
-        head: FlowHeadConfig | None = None,
+        head: FlowHeadConfig | Mapping[str, int] | None = None,
         streams: Sequence[Stream | str] | None = None,
         num_tokens: int | None = None,
         bos: bool = False,
         embeddings: EmbeddingConfig | None = None,
+        by_direction: bool = False,
     ) -> VisualLM:
         """A model to be trained: a flow head is fresh, and the words of images are added.
 
@@ -100,9 +100,10 @@ class VisualLM(nn.Module):
             lm: sizes of a fresh language model, but for its number of words, or hub id or folder of a trained one.
             words: a text tokenizer, which receives the new words, or hub id or folder of one.
             tokenizer: of images, frozen from now on.
-            head: sizes of the flow head that MingTok needs.
-            streams: of a discrete tokenizer whose ids are words, see CodeVision.
-            num_tokens: of a discrete tokenizer of variable length, see CodeVision.
+            head: sizes of the flow head that a tokenizer of latents needs; of a mapping those that are left out follow
+                from tokenizer and language model.
+            streams, by_direction: of a discrete tokenizer whose ids are words, see CodeVision.
+            num_tokens: of a tokenizer of variable length, see CodeVision.
             bos: see VisualLM.
             embeddings: read the codebook embeddings of a discrete tokenizer; None: its ids are words.
 
@@ -114,7 +115,7 @@ class VisualLM(nn.Module):
             lm = pretrained(AutoModelForCausalLM, lm, dtype=torch.float32, **options)
         config = lm if isinstance(lm, PretrainedConfig) else lm.config
         hidden_size = config.get_text_config().hidden_size
-        vision = _vision(tokenizer, head, streams, num_tokens, embeddings, hidden_size)
+        vision = _vision(tokenizer, hidden_size, head, streams, num_tokens, embeddings, by_direction)
         if isinstance(words, (str, Path)):
             words = pretrained(PreTrainedTokenizerFast, words)
         vocabulary = Vocabulary(len(words), vision.streams)
@@ -223,9 +224,9 @@ class VisualLM(nn.Module):
             raise ZooError("all_words is for images of words, and these have latents; leave it out.")
         seen = images if isinstance(images, Seen) else self.vision.see(images)
         sequences, learned, end = [], [], [self.words.eos_token_id]
-        alone = not (self.bos or self.vision.streams[0].begin)  # whether an image can be the first in a sequence
+        first_word = self.bos or self.vision.standing(written=True)[0].begin  # whether one is there before an image
         for i, (text, image_last, drop) in enumerate(zip(texts, to_image.tolist(), dropped.tolist(), strict=True)):
-            image = self.vocabulary.join([seen.tokens[i]])
+            image = self.vocabulary.join([self.vision.shown(seen.tokens[i], written=image_last)])
             prompt = [] if prompts is None or image_last else self.text_ids(prompts[i])
             room = self.context - self.bos - len(image) - len(prompt) - 1  # for the end
             if room < 1:
@@ -236,7 +237,7 @@ class VisualLM(nn.Module):
             ids = self.text_ids(text)[:room]
             if not ids:
                 raise ZooError(f"text {i} of the batch is empty; leave such samples out of the data.")
-            if image_last and drop and alone:
+            if image_last and drop and not first_word:
                 raise ZooError("an image without its text needs a word to begin with: set embeddings.marks or bos.")
             before, after = (ids, end if all_words else []) if image_last else ([], [*ids, *end])
             before = [] if image_last and drop else before
@@ -314,11 +315,12 @@ class VisualLM(nn.Module):
 
 def _vision(
     tokenizer: Tokenizer,
-    head: FlowHeadConfig | None,
+    hidden_size: int,
+    head: FlowHeadConfig | Mapping[str, int] | None,
     streams: Sequence[Stream | str] | None,
     num_tokens: int | None,
     embeddings: EmbeddingConfig | None,
-    hidden_size: int,
+    by_direction: bool,
 ) -> Vision:
     info = tokenizer.info
     if info.kind == "discrete" and head is not None:
@@ -328,12 +330,7 @@ def _vision(
             raise ZooError("codebook embeddings are of all streams and no words; leave streams out.")
         return EmbeddingVision(tokenizer, hidden_size, embeddings, num_tokens)
     if info.kind == "discrete":
-        return CodeVision(tokenizer, streams, num_tokens)
-    if not isinstance(tokenizer, MingTokTokenizer):
-        raise ZooError(
-            f"a language model reads ids, or the features that MingTok makes of latents, and {info.name} has latents "
-            "alone; choose another tokenizer."
-        )
-    if head is None or streams is not None or num_tokens is not None:
-        raise ZooError(f"{info.name} has latents, which need a head to write them, and no streams or num_tokens.")
-    return FlowVision(tokenizer, FlowHead(head))
+        return CodeVision(tokenizer, streams, num_tokens, by_direction)
+    if head is None or streams is not None:
+        raise ZooError(f"{info.name} has latents, which need a head to write them, and no streams.")
+    return FlowVision(tokenizer, flow_head(tokenizer, hidden_size, head), num_tokens)

@@ -5,7 +5,7 @@ MingTok's authors have not released theirs, and that part is the zoo's own; for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,9 +44,13 @@ class VisualLMTraining(TrainingModule):
         tokenizer: of images.
         lm, text_tokenizer: of VisualLM.create, where there is no start.
         start: a folder of an earlier run's model (VisualLM.save), to go on from, its tokenizer included.
-        head: of VisualLM.create, for a tokenizer of latents.
+        head: of VisualLM.create, for a tokenizer of latents; one of ids takes none.
         tokenizer_weights: a file, where the tokenizer's name alone has none.
-        streams, num_tokens, bos, embeddings: of VisualLM.create.
+        streams, num_tokens, bos, embeddings, by_direction: of VisualLM.create.
+        token_share: instead of num_tokens: this share of the greatest number, rounded, of a tokenizer of variable
+            length; others always have all.
+        keep_tokens: encode each image once and keep what the tokenizer made of it by the key of the sample, for data
+            that comes without random crops and flips and has room in memory.
         train_lm: False: the language model is frozen, and the visual side alone learns.
         text_weight, flow_weight, code_weight: of the losses.
         all_words: learn every word of every sequence, see VisualLM.forward, as SEED-LLaMA does: the loss is then one
@@ -62,12 +66,15 @@ class VisualLMTraining(TrainingModule):
         lm: PretrainedConfig | str | None = None,
         text_tokenizer: PreTrainedTokenizerFast | str | None = None,
         start: str | Path | None = None,
-        head: FlowHeadConfig | None = None,
+        head: FlowHeadConfig | Mapping[str, int] | None = None,
         tokenizer_weights: str | Path | None = None,
         streams: Sequence[Stream | str] | None = None,
         num_tokens: int | None = None,
         bos: bool = False,
         embeddings: EmbeddingConfig | None = None,
+        by_direction: bool = False,
+        token_share: float | None = None,
+        keep_tokens: bool = False,
         train_lm: bool = True,
         text_weight: float = 1.0,
         flow_weight: float = 1.0,
@@ -88,8 +95,13 @@ class VisualLMTraining(TrainingModule):
                 "module.lm and module.text_tokenizer to begin with others."
             )
         else:
+            info = tokenizer.info
+            head = head if info.kind == "continuous" else None
+            if token_share is not None and info.variable_length:
+                num_tokens = round(token_share * info.max_tokens)
             space = registry.tokenizers.with_weights(tokenizer, tokenizer_weights)
-            model = VisualLM.create(lm, text_tokenizer, space, head, streams, num_tokens, bos, embeddings)
+            settings = {"bos": bos, "embeddings": embeddings, "by_direction": by_direction}
+            model = VisualLM.create(lm, text_tokenizer, space, head, streams, num_tokens, **settings)
         super().__init__(model.vision.tokenizer, **arguments)
         self.model = model
         self.train_lm = train_lm
@@ -98,6 +110,7 @@ class VisualLMTraining(TrainingModule):
             raise ZooError("train_lm=false leaves nothing to learn where ids are words; set module.embeddings.")
         self.loss_weights = text_weight, {"flow": flow_weight, "code": code_weight}[self.model.vision.kind]
         self.all_words, self.image_share, self.condition_dropout = all_words, image_share, condition_dropout
+        self._kept: dict[str, Seen] | None = {} if keep_tokens else None
 
     def optimized(self) -> dict[str, nn.Module]:
         return {"model": self.model}
@@ -111,6 +124,22 @@ class VisualLMTraining(TrainingModule):
         if not self.train_lm:
             self.model.lm.eval()
         return self
+
+    def on_fit_start(self) -> None:
+        options = getattr(self.trainer.datamodule, "options", {})
+        if self._kept is not None and (options.get("flip") or options.get("crop") in ("random", "resized")):
+            raise ZooError("images that are encoded once cannot change: set keep_tokens=false, or no flips and crops.")
+
+    def seen(self, batch: dict) -> Seen:
+        """What the model reads and writes of the images of a batch."""
+        images, vision = batch[self.tokenizer.info.input], self.model.vision
+        if self._kept is None:
+            return vision.see(images)
+        new = [i for i, key in enumerate(batch["key"]) if key not in self._kept]
+        if new:
+            found = vision.perceive(images[new])
+            self._kept |= {batch["key"][i]: found.rows(slice(n, n + 1)) for n, i in enumerate(new)}
+        return vision.project(Seen.cat([self._kept[key] for key in batch["key"]]))
 
     def losses(self, batch: dict) -> Losses:
         directions, count = self.shared_generator(), batch_size(batch) * self.trainer.world_size
@@ -165,11 +194,10 @@ class VisualLMTraining(TrainingModule):
         """
         if "caption" not in batch:
             raise ZooError("a batch has no field 'caption'; add it to data.fields.")
-        images = batch[self.tokenizer.info.input]
-        rows = self.model.vision.draws(len(images) * self.trainer.world_size, draws)
+        rows = self.model.vision.draws(batch_size(batch) * self.trainer.world_size, draws)
         settings = {"all_words": True} if all_words else {}
         settings |= {"prompts": batch["prompt"]} if "prompt" in batch else {}
-        given = images if seen is None else seen
+        given = self.seen(batch) if seen is None else seen
         return self.model(batch["caption"], given, to_image, dropped, *map(self.own_rows, rows), **settings)
 
     @torch.no_grad()

@@ -33,6 +33,18 @@ class Seen(NamedTuple):
     latents: Tensor | None = None
     """(B, N, C): what is written in place of these words; None: the words themselves are."""
 
+    def rows(self, index: slice) -> Seen:
+        """Some of the images."""
+        return Seen(*(None if part is None else part[index] for part in self))
+
+    @staticmethod
+    def cat(parts: Sequence[Seen]) -> Seen:
+        """The images of all, which have as many positions each."""
+        tokens, inputs, latents = zip(*parts, strict=True)
+        ids = {name: torch.cat([one.ids[name] for one in tokens]) for name in tokens[0].ids}
+        joined = (None if rows[0] is None else torch.cat(rows) for rows in (inputs, latents))
+        return Seen(Tokens(ids, mask=torch.cat([one.mask for one in tokens])), *joined)
+
 
 class GeneratedImages(NamedTuple):
     """Pictures, and what was written for them."""
@@ -88,10 +100,17 @@ class Vision(nn.Module):
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.length = tokenizer.info.max_tokens
 
-    @property
-    def longest(self) -> int:
+    def standing(self, written: bool) -> tuple[Stream, ...]:
+        """Those streams that stand in a sequence for an image that is written, or read; in their order."""
+        return self.streams
+
+    def shown(self, tokens: Tokens, written: bool) -> Tokens:
+        """The part of an image that stands in a sequence."""
+        return Tokens({stream.name: tokens.ids[stream.name] for stream in self.standing(written)}, mask=tokens.mask)
+
+    def words_of(self, written: bool) -> int:
         """Words of an image in a sequence, at the most."""
-        return sum(self.length * stream.levels + 2 for stream in self.streams)
+        return sum(self.length * stream.levels + 2 for stream in self.standing(written))
 
     def train(self, mode: bool = True) -> Vision:
         super().train(mode)
@@ -103,7 +122,15 @@ class Vision(nn.Module):
 
     def see(self, images: Tensor) -> Seen:
         """Images (B, C, H, W) in [0, 1], which are not checked again; see tokenizer.check_images."""
+        return self.project(self.perceive(images))
+
+    def perceive(self, images: Tensor) -> Seen:
+        """What the frozen tokenizer makes of them: what the model reads is not projected yet."""
         raise NotImplementedError
+
+    def project(self, seen: Seen) -> Seen:
+        """The second half of `see`, with what is learned."""
+        return seen
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """What the tokenizer makes of images (B, C, H, W) in [0, 1] from the tokens that are read of them."""

@@ -28,16 +28,10 @@ from torchvision.utils import make_grid, save_image
 from zoo.data import read_all, scenes
 from zoo.errors import ZooError
 from zoo.files import write_json
+from zoo.lm.facts import fact_scores, facts_of_caption, facts_of_scenes
+from zoo.lm.judge import resized
 from zoo.lm.model import VisualLM
-from zoo.lm.report import (
-    BATCH,
-    caption_scores,
-    facts_of_caption,
-    facts_of_scenes,
-    in_batches,
-    resized,
-    written_captions,
-)
+from zoo.lm.report import BATCH, in_batches, written_captions
 from zoo.metrics.psnr import PSNR
 from zoo.metrics.tokens import TokenStatistics
 
@@ -74,7 +68,7 @@ def measure(model: VisualLM, images: Tensor, val: dict) -> dict[str, float]:
         texts = [val["caption"][i] for i in rows]
         return model(texts, images[rows.start : rows.stop].to(model.lm.device), never, never)[0]
 
-    scores = caption_scores(list(map(facts_of_caption, said)), facts_of_scenes(val))
+    scores = fact_scores(list(map(facts_of_caption, said)), facts_of_scenes(val))
     tokenizer, psnr = model.vision.tokenizer, PSNR()
     statistics = TokenStatistics(tokenizer.info)
     for some in images.split(BATCH):
