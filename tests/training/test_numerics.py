@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from hydra.utils import instantiate
-from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from zoo.commands import cli
@@ -22,6 +21,7 @@ from zoo.quantizers import EMAQuantizer, ResidualQuantizer
 from zoo.tokenizer import Tokenizer, TokenizerInfo
 from zoo.training.callbacks import CodebookHealth
 from zoo.training.module import TrainingModule
+from zoo.training.precision import CPUPrecision
 
 CODES = 16
 
@@ -84,12 +84,14 @@ def fit(module, steps, data, batch_size=4, **options):
 
 
 def bfloat():
-    return {"precision": "bf16-mixed"}
+    return {"plugins": CPUPrecision("bf16-mixed")}
 
 
 def half(scale=256.0):
     """float16 with a loss scale that gradients begin with."""
-    return {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))}
+    plugin = CPUPrecision("16-mixed")
+    plugin.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return {"plugins": plugin}
 
 
 class State(L.Callback):
@@ -209,13 +211,21 @@ def test_half_precision_learns_as_float32_does(precision):
     assert losses[1] != losses[0]  # it was another precision
 
 
-def test_float16_on_the_cpu_is_float16():
-    cfg = cli.compose("train", ["experiment=aurora-tiny", "trainer.precision=16-mixed"])
+@pytest.mark.parametrize(("name", "dtype"), [("16-mixed", torch.float16), ("bf16-mixed", torch.bfloat16)])
+def test_half_precision_on_the_cpu_is_that_of_gpus(name, dtype):
+    cfg = cli.compose("train", ["experiment=aurora-tiny", f"trainer.precision={name}"])
     made = instantiate(cfg.trainer, **precision(cfg.trainer))
-    assert made.precision == "16-mixed"
+    assert made.precision == name
+    assert (made.precision_plugin.scaler is not None) == (dtype == torch.float16)
+    layer, norm, x = nn.Linear(8, 8), nn.GroupNorm(2, 8), torch.randn(4, 8)
     with made.precision_plugin.forward_context():
-        assert torch.get_autocast_dtype("cpu") == torch.float16
-    assert made.precision_plugin.scaler.is_enabled()
+        given = layer(x)
+        assert given.dtype == dtype
+        for wide in (norm(given), given.softmax(-1), torch.nn.functional.layer_norm(given, (8,)), given.exp()):
+            assert wide.dtype == torch.float32
+        torch.testing.assert_close(norm(given), norm(given.float()), rtol=0, atol=0)
+        assert layer(norm(given)).dtype == dtype
+    assert norm(given.float()).requires_grad
 
 
 def run(rank=0, ranks=1, seed=0, **options):
