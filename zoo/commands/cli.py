@@ -20,6 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from zoo.commands.common import started_by
 from zoo.distributed import leave
 from zoo.errors import ZooError, expect_integer, nearest, one_line, shortened
 from zoo.registry import KINDS, Registry, resource, tokenizers
@@ -43,8 +44,12 @@ def run(command: str, task: Callable[[DictConfig], object], argv: list[str] | No
     def job(cfg: DictConfig) -> None:
         began.append(cfg)
         sys.argv = original  # Lightning starts the other ranks with it
+        by_time = "${now:" in OmegaConf.to_container(cfg)["output_dir"]
         cfg.output_dir = HydraConfig.get().runtime.output_dir
         try:
+            launcher, started = started_by()
+            if by_time and started > 1:
+                raise ZooError(f"{launcher} started {started} processes, which share a folder; say output_dir=DIR.")
             check(cfg, command)
             task(cfg)
         except MISTAKES as error:  # the other jobs of a multirun go on
@@ -111,7 +116,12 @@ def check(cfg: DictConfig, command: str) -> None:
     """Raise ZooError where a value does not have the type that its callable's signature states, or that of its default
     in conf/COMMAND.yaml."""
     plain = OmegaConf.to_container(OmegaConf.load(resource("conf") / f"{command}.yaml"))
-    for name in plain.keys() - {"defaults", "hydra", "devices"}:  # devices may be a number, a list or "auto"
+    for name in plain.keys() - {
+        "defaults",
+        "hydra",
+        "devices",
+        "resume",
+    }:  # of several kinds, checked where they are used
         default, node = plain[name], cfg._get_node(name) if name in cfg else None
         kind = DictConfig if isinstance(default, dict) else ListConfig if isinstance(default, list) else type(default)
         value = node if kind in (DictConfig, ListConfig) else cfg.get(name)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
+from lightning.fabric.utilities import move_data_to_device
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torchmetrics import Metric
@@ -25,13 +27,14 @@ from zoo.commands.common import (
     DTYPES,
     about_file,
     about_the_run,
+    decisive,
     expect_one_of,
     label,
-    limited,
     preparation,
     start,
     table,
 )
+from zoo.commands.progress import SharedBatches
 from zoo.commands.understanding import TASKS, understanding
 from zoo.errors import ZooError, expect_integer, nearest
 from zoo.files import write_json
@@ -89,12 +92,21 @@ class Entry:
         for metric in self.metrics:
             metric.update(reconstructions, stored if isinstance(metric, FrechetDistance) else images, keys)
 
-    def report(self) -> dict:
-        """Its numbers over all ranks; None for one that cannot be given, with the reason under "missing"."""
+    @property
+    def state(self) -> list[dict]:
+        """Of each metric, what it has found so far."""
+        return [move_data_to_device(metric.metric_state, "cpu") for metric in (*self.metrics, *self.statistics)]
+
+    def report(self, states: list[list[dict]]) -> dict:
+        """Its numbers over all `states`; None for one that cannot be given, with the reason under "missing"."""
         values: dict[str, float | None] = dict.fromkeys(self.missing)
-        for metric in (*self.metrics, *self.statistics):
+        for i, metric in enumerate((*self.metrics, *self.statistics)):
+            metric.reset()
+            for state in states:
+                metric.merge_state(move_data_to_device(state[i], metric.device))
             try:
-                values |= {name: float(value) for name, value in metric.compute().items()}
+                found = type(metric).compute(metric)  # that of the instance would ask the other ranks
+                values |= {name: float(value) for name, value in found.items()}
             except ZooError as error:
                 values |= {row.name: None for row in metric.rows}
                 self.missing |= {row.name: str(error) for row in metric.rows}
@@ -120,7 +132,8 @@ def reconstruction(cfg: DictConfig) -> dict:
     What is scored is the reconstruction against exactly the crop that went into the tokenizer. With stored_as it is
     what a file in that format gives back of the reconstruction, and a Frechet distance then compares the crops with it
     in the same format, as two folders of files do. Every rank takes its share of the images and returns the same
-    report; the first writes metrics.json and reconstructions.png and prints the table.
+    report; the first writes metrics.json and reconstructions.png and prints the table. What a killed run has measured
+    is in output_dir/progress, and is not measured again.
     Raises ZooError for what is wrong in the configuration.
     """
     if cfg.get("encoder"):
@@ -141,57 +154,81 @@ def reconstruction(cfg: DictConfig) -> dict:
     entries = [entry for pair in pairs for entry in pair if entry]
 
     fabric = start(cfg)
-    torch.manual_seed(cfg.seed)
     tokenizer.to(fabric.device, DTYPES[cfg.dtype])
     for entry in entries:
         entry.to(fabric.device)
     source = OmegaConf.to_container(cfg.data, resolve=True) | {"fields": [info.input]}
     data = instantiate(source)
-    data.trainer = fabric  # it asks for the rank and the number of ranks
-    batches = data.test_dataloader()
-    if cfg.limit is not None:
-        batches = limited(batches, cfg.limit)
-    first = None
-    for batch in track(batches, info.name, disable=not fabric.is_global_zero, transient=True):
+    about = protocol(cfg, source, overrides, metrics)
+    measured = [[type(metric).__name__ for metric in entry.metrics] for entry in entries]  # what has its weights
+    batches = SharedBatches(
+        fabric, Path(cfg.output_dir) / "progress", about | {"measured": measured}, data.evaluated, data.options, cfg,
+        lambda: [entry.state for entry in entries],
+    )  # fmt: skip
+    warm = False
+    for _, batch in batches:
         images, keys = batch[info.input].to(fabric.device), batch["key"]
-        if first is None:  # no first call is timed
+        if not warm:  # no first call is timed
             for entry, _ in pairs:
                 through(tokenizer, images, entry.settings)
-        results = [step(tokenizer, images, keys, *pair, cfg.stored_as) for pair in pairs]
-        first = first or (images, results)
+            warm = True
+        for entry, baseline in pairs:
+            score(tokenizer, images, keys, entry, baseline, cfg.stored_as)
 
-    rows = [entry.report() for entry in entries]
-    count = int(rows[0]["metrics"]["images"])
-    if not count:
+    states, report = batches.found(), None
+    if states:
+        rows = [entry.report([state[i] for state in states]) for i, entry in enumerate(entries)]
+        if count := int(rows[0]["metrics"]["images"]):
+            images = batches.first()[info.input].to(fabric.device)
+            report = {
+                "protocol": about | {"images": count, "image_size": list(images.shape[-2:])},
+                "run": about_the_run(fabric),
+                "measures": {row.name: {"title": row.title, "better": row.better} for e in entries for row in e.rows},
+                "rows": rows,
+            }
+            shown = images[: cfg.pictures or 0]
+            results = [reconstruct(tokenizer, shown, *pair, cfg.stored_as) for pair in pairs] if len(shown) else []
+            write(report, {row.name: row for entry in entries for row in entry.rows}, shown, results, cfg)
+            shutil.rmtree(batches.folder)
+    report = fabric.broadcast(report)
+    if report is None:
         raise ZooError(f"no image to score came from data={source}.")
-    report = {
-        "protocol": protocol(cfg, source, overrides, metrics) | {"images": count},
-        "run": about_the_run(fabric),
-        "measures": {row.name: {"title": row.title, "better": row.better} for entry in entries for row in entry.rows},
-        "rows": rows,
-    }
-    if fabric.is_global_zero:
-        report["protocol"]["image_size"] = list(first[0].shape[-2:])
-        write(report, {row.name: row for entry in entries for row in entry.rows}, *first, cfg)
     return report
 
 
-def step(tokenizer, images: Tensor, keys: list[str], entry: Entry, baseline: Entry | None, stored_as: str | None):
-    """Measure one batch under one setting. Returns its tokens, and reconstructions by label."""
+def score(tokenizer, images: Tensor, keys: list[str], entry: Entry, baseline: Entry | None, stored_as: str | None):
+    """Measure one batch under one setting."""
+    result = reconstruct(tokenizer, images, entry, baseline, stored_as)
+    entry.statistics[0].update(result.tokens)
+    entry.statistics[1].update(len(images), result.encode_seconds, result.decode_seconds)
+    if baseline:
+        baseline.statistics[0].update(result.used)
+    stored = FORMATS[stored_as](images) if stored_as else images
+    for one, output in result.outputs.items():
+        one.score(output, images, stored, keys)
+
+
+class Result(NamedTuple):
+    """Of one batch under one setting."""
+
+    tokens: Tokens
+    outputs: dict[Entry, Tensor]
+    used: Tensor | None
+    """(B,) numbers that the thumbnails of the baseline hold."""
+    encode_seconds: float
+    decode_seconds: float
+
+
+def reconstruct(
+    tokenizer: Tokenizer, images: Tensor, entry: Entry, baseline: Entry | None, stored_as: str | None
+) -> Result:
     tokens, output, encode_seconds, decode_seconds = through(tokenizer, images, entry.settings)
-    entry.statistics[0].update(tokens)
-    entry.statistics[1].update(len(images), encode_seconds, decode_seconds)
-    outputs = {} if output is None else {entry: output.float()}
+    outputs, used = {} if output is None else {entry: output.float()}, None
     if baseline:
         outputs[baseline], used = thumbnail(images, numbers(tokens))
-        baseline.statistics[0].update(used)
-    stored = images
     if stored_as:
         outputs = {one: FORMATS[stored_as](output) for one, output in outputs.items()}
-        stored = FORMATS[stored_as](images)
-    for one, output in outputs.items():
-        one.score(output, images, stored, keys)
-    return tokens, {label(one.name, one.settings): output for one, output in outputs.items()}
+    return Result(tokens, outputs, used, encode_seconds, decode_seconds)
 
 
 def through(tokenizer: Tokenizer, images: Tensor, settings: dict) -> tuple[Tokens, Tensor | None, float, float]:
@@ -213,6 +250,7 @@ def check(cfg: DictConfig) -> None:
     for name, least in (("limit", 1), ("pictures", 0)):
         if cfg[name] is not None:
             expect_integer(name, cfg[name], least)
+    expect_integer("save_every", cfg.save_every, 0)
 
 
 def chosen_metrics(node: DictConfig, info: TokenizerInfo) -> dict:
@@ -240,7 +278,7 @@ def protocol(cfg: DictConfig, source: dict, overrides: dict, metrics: dict) -> d
         "overrides": overrides,
         "weights": about_file(weights_path(cfg.tokenizer.name, cfg.weights)),
         "encode": OmegaConf.to_container(cfg.encode, resolve=True),
-        "data": source,
+        "data": decisive(source),
         "split": "train" if source.get("val") is None else "val",
         **preparation(source),
         "scored": "the crop that went into the tokenizer against its reconstruction, clamped to [0, 1]",
@@ -253,21 +291,21 @@ def protocol(cfg: DictConfig, source: dict, overrides: dict, metrics: dict) -> d
     }
 
 
-def write(report: dict, rows: dict[str, Row], images: Tensor, results: list, cfg: DictConfig) -> None:
-    """metrics.json, a picture for each setting and one of all of them, and the tables on the terminal."""
+def write(report: dict, rows: dict[str, Row], images: Tensor, results: list[Result], cfg: DictConfig) -> None:
+    """metrics.json, a picture of images for each setting and one of all settings, and the tables on the terminal."""
     folder = Path(cfg.output_dir)
     write_json(folder / "metrics.json", report, allow_nan=False)
-    for i, (tokens, outputs) in enumerate(results, 1):
-        if outputs and cfg.pictures:
+    for i, result in enumerate(results, 1):
+        if result.outputs:
             path = folder / ("reconstructions.png" if len(results) == 1 else f"reconstructions-{i}.png")
-            outputs = {name: output[: cfg.pictures] for name, output in outputs.items()}
-            draw_reconstructions(path, images[: cfg.pictures], outputs, tokens[: cfg.pictures])
+            outputs = {label(entry.name, entry.settings): output for entry, output in result.outputs.items()}
+            draw_reconstructions(path, images, outputs, result.tokens)
     console = Console(highlight=False)
     about, (height, width) = report["protocol"], report["protocol"]["image_size"]
     title = f"{about['tokenizer']}: {about['images']} images of {height} x {width} pixels"
     for i in range(0, len(report["rows"]), COLUMNS):
         console.print(table(title, report["rows"][i : i + COLUMNS], rows))
-    if len(results) > 1:
+    if sum(entry["name"] == about["tokenizer"] for entry in report["rows"]) > 1:
         console.print(sweep_table(report["rows"], rows))
         if "psnr" in rows:
             draw_sweep(folder / "rate-distortion.png", report["rows"], rows)

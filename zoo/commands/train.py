@@ -10,11 +10,13 @@ from pathlib import Path
 import lightning as L
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 import zoo
 from zoo.commands import cli
+from zoo.commands.common import expect_started
 from zoo.errors import ZooError, one_line
 from zoo.files import discard_parts, writing
 from zoo.registry import resource
@@ -60,7 +62,8 @@ def train(cfg: DictConfig) -> L.Trainer:
     data = instantiate(cfg.data)
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
     loggers = [instantiate(logger) for logger in cfg.logger.values() if logger]
-    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, **precision(cfg.trainer))
+    expect_started(trainer.num_devices, trainer.num_nodes)
 
     if trainer.is_global_zero:
         discard_parts(output)
@@ -73,7 +76,8 @@ def train(cfg: DictConfig) -> L.Trainer:
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
     except SIGTERMException:  # whose exit code would say that all went well
-        print(f"ended by SIGTERM after {trainer.global_step} steps; resume=true goes on", file=sys.stderr)
+        if trainer.is_global_zero:
+            print(f"ended by a signal after {trainer.global_step} steps; resume=true goes on", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
     except ZooError:
         raise
@@ -93,9 +97,24 @@ def train(cfg: DictConfig) -> L.Trainer:
     return trainer
 
 
-def resume_point(output: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from. Raises ZooError when an earlier run would be overwritten, or has no checkpoint."""
+def precision(cfg: DictConfig) -> dict:
+    """Settings of the trainer for float16 on the CPU, which torch has and for which Lightning would take bfloat16."""
+    if cfg.accelerator != "cpu" or str(cfg.precision) not in ("16", "16-mixed"):
+        return {}
+    plugins = [instantiate(plugin) for plugin in cfg.plugins]
+    return {"precision": None, "plugins": [*plugins, MixedPrecision("16-mixed", "cpu")]}
+
+
+def resume_point(output: Path, resume: bool | str) -> Path | None:
+    """The checkpoint to go on from; None: begin. resume: True, False, or "auto", which goes on if there is one.
+
+    Raises ZooError when an earlier run would be overwritten, or has no checkpoint.
+    """
+    if resume not in (True, False, "auto"):
+        raise ZooError(f"resume must be true, false or auto, got {resume!r}.")
     last = output / "checkpoints" / "last.ckpt"
+    if resume == "auto":
+        return last if last.is_file() else None
     if resume:
         if not last.is_file():
             raise ZooError(f"resume=true needs {last}, which does not exist; check output_dir or leave resume out.")

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import signal
+
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from zoo.files import writing
+from zoo.training.sharding import ShardedStrategy
 
 
 class WholeCheckpoints(TorchCheckpointIO):
     """Writes checkpoints by `zoo.files.writing`: one that is there is whole, and the one before stays until then.
 
     Lightning's own goes through a temporary file in another folder, often of another disk, from where it is copied.
-    All checkpoints that are one file come through here: those of one device, of DDP, and of FSDP with
-    state_dict_type="full" (the default of trainer=fsdp), whose first rank writes the gathered state. With "sharded" a
-    checkpoint is a folder into which every rank writes its part over the earlier one: a run killed meanwhile leaves no
-    checkpoint there, so keep several (callbacks.checkpoint.save_top_k), and resume=true does not take folders.
+    Those of one device, of DDP and of sharded training all come through here.
     """
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
@@ -28,7 +29,10 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class ResumePoint(ModelCheckpoint):
-    """A ModelCheckpoint whose save_on_exception saves between two steps only.
+    """A ModelCheckpoint that ends a run when asked, and whose save_on_exception saves between two steps only.
+
+    SIGTERM and SIGUSR1, which SLURM sends before it kills, to whichever of the ranks and whenever, end the run on all
+    of them behind the same step. Lightning's own handlers would talk to the other ranks in the middle of theirs.
 
     An error in the middle of a step, another rank's death or Ctrl-C may have changed some weights and buffers and not
     the others, and during validation an average may stand in the place of the weights: no run passes through such a
@@ -37,7 +41,15 @@ class ResumePoint(ModelCheckpoint):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.between_steps = True
+        self.between_steps, self.asked_to_end = True, False
+
+    def on_train_start(self, trainer, module) -> None:
+        super().on_train_start(trainer, module)
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # Lightning puts the earlier handlers back
+            signal.signal(number, self._ask_to_end)
+
+    def _ask_to_end(self, *args) -> None:
+        self.asked_to_end = True
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
         self.between_steps = False
@@ -45,7 +57,11 @@ class ResumePoint(ModelCheckpoint):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         self.between_steps = module.completes_step(batch_idx)
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+        if self.between_steps and trainer.strategy.reduce_boolean_decision(self.asked_to_end, all=False):
+            raise SIGTERMException
 
     def on_exception(self, trainer, module, exception) -> None:
-        if self.between_steps and not trainer.validating:
+        # ranks that hold parts of the weights save together: after SIGTERM, which reaches all, and after nothing else
+        together = isinstance(exception, SIGTERMException) or not isinstance(trainer.strategy, ShardedStrategy)
+        if self.between_steps and together and not trainer.validating:
             super().on_exception(trainer, module, exception)
