@@ -270,7 +270,7 @@ def test_two_ranks_skip_what_is_bad_on_one_and_count_codes_as_one_rank(tmp_path)
 
 
 def test_a_collapsed_codebook_is_told_once_until_it_recovers(capsys):
-    module, health = Autoencoding(), CodebookHealth(collapsed_below=0.2)
+    module, health = Autoencoding(), CodebookHealth(collapsed_below=0.2, ids_per_code=1)
     data = images(24)
     for one in data[8:16]:
         one["image"] = torch.full((2, 4, 4), 0.5)  # all vectors are one
@@ -291,7 +291,7 @@ def test_each_level_can_have_a_codebook_of_its_own(capsys):
     second = tokenizer.quantizer.codebook(1).codebook
     second[0], second[1:] = 0, 1000  # what the first level leaves is nearest to the first of these
     module = Autoencoding(tokenizer=tokenizer)
-    fit(module, 2, images(), callbacks=[CodebookHealth(collapsed_below=0.2)])
+    fit(module, 2, images(), callbacks=[CodebookHealth(collapsed_below=0.2, ids_per_code=1)])
     told = [line for line in capsys.readouterr().out.splitlines() if "codebook" in line]
     assert len(told) == 1
     assert "the codebook 'image', level 1, has collapsed" in told[0]
@@ -305,7 +305,7 @@ def test_levels_may_use_different_codes_of_one_codebook(capsys):
     tokenizer.quantizer = ResidualQuantizer(CODES, 4, levels=2, decay=1.0, restart=False)
     tokenizer.quantizer.codebook(0).codebook[0] = 0  # in the second level most are nearest to this one
     module = Autoencoding(tokenizer=tokenizer)
-    fit(module, 2, images(), callbacks=[CodebookHealth(collapsed_below=0.3)])
+    fit(module, 2, images(), callbacks=[CodebookHealth(collapsed_below=0.3, ids_per_code=1)])
     assert "codebook" not in capsys.readouterr().out
     assert module.values("collapsed_codebooks") == [0, 0]
     for name in ("perplexity/image", "perplexity/image/0", "perplexity/image/1"):
@@ -313,13 +313,11 @@ def test_levels_may_use_different_codes_of_one_codebook(capsys):
     assert min(module.values("perplexity/image")) > 4.8 > max(module.values("perplexity/image/1"))
 
 
-def test_few_ids_are_no_collapse_and_add_up(capsys):
-    module = Autoencoding()
-    fit(module, 4, images(16), 1, callbacks=[CodebookHealth(collapsed_below=1.0)], log_every_n_steps=1)
-    assert "step 2: the codebook 'image' has collapsed: the last 16 ids" in capsys.readouterr().out
-    module = Autoencoding(tokenizer=Coded(codes=40))
-    fit(module, 4, images(16), 1, callbacks=[CodebookHealth(collapsed_below=1.0)], log_every_n_steps=1)
-    assert "step 3: the codebook 'image' has collapsed: the last 48 ids" in capsys.readouterr().out
+@pytest.mark.parametrize(("ids_per_code", "step", "number"), [(1, 2, 16), (3, 3, 48)])
+def test_few_ids_are_no_collapse_and_add_up(ids_per_code, step, number, capsys):
+    health = CodebookHealth(collapsed_below=1.0, ids_per_code=ids_per_code)
+    fit(Autoencoding(), 4, images(16), 1, callbacks=[health])  # 16 ids a step, all different in the first one
+    assert f"step {step}: the codebook 'image' has collapsed: the last {number} ids" in capsys.readouterr().out
 
 
 def test_counts_go_on_in_a_run_that_is_resumed():
@@ -336,3 +334,5 @@ def test_counts_go_on_in_a_run_that_is_resumed():
 def test_a_share_of_codes_is_a_share():
     with pytest.raises(ZooError, match=r"from 0 to 1, got 5"):
         CodebookHealth(collapsed_below=5)
+    with pytest.raises(ZooError, match="at least 1, got 0"):
+        CodebookHealth(ids_per_code=0)
