@@ -15,7 +15,7 @@ from rich.table import Table
 from zoo import weights
 from zoo.errors import ZooError
 from zoo.files import write_json, writing
-from zoo.lm.judge import FIELDS, judge_file
+from zoo.lm.judge import judge_file
 from zoo.lm.model import VisualLM
 from zoo.lm.report import SHOWN, read_scenes, report, show
 from zoo.weights import sha256_of
@@ -59,11 +59,12 @@ def compare(runs: Sequence[Path], output: Path, device: str = "cpu", **settings)
     train, val = read_scenes()
     models = []
     for run in runs:
-        folder, protocol = run / "report", protocol_of(run, settings)
-        if not (folder / "protocol.json").is_file() or json.loads((folder / "protocol.json").read_text()) != protocol:
-            report(VisualLM.load(run / "model", device), train, val, folder, **settings)
-            write_json(folder / "protocol.json", protocol)  # last: a report that was cut off is made again
-        models.append(json.loads((folder / "report.json").read_text()))
+        found, kept = kept_report(run)
+        if found is None or kept != protocol_of(run, found["input"], settings):
+            found = report(VisualLM.load(run / "model", device), train, val, run / "report", **settings)
+            # last: a report that was cut off is made again
+            write_json(run / "report" / "protocol.json", protocol_of(run, found["input"], settings))
+        models.append(found)
     found = {"budget": budgets[0], "models": models}
     names, lines = [model["tokenizer"] for model in models], lines_of(models)
     write_json(output / "comparison.json", found)
@@ -92,11 +93,15 @@ def budget_of(run: Path) -> dict:
     }
 
 
-def protocol_of(run: Path, settings: dict) -> dict:
+def kept_report(run: Path) -> tuple[dict | None, dict]:
+    """The report of an earlier comparison and its protocol, if there is a whole one."""
+    files = [run / "report" / name for name in ("report.json", "protocol.json")]
+    return tuple(json.loads(file.read_text()) for file in files) if files[1].is_file() else (None, {})
+
+
+def protocol_of(run: Path, field: str, settings: dict) -> dict:
     """All that decides what a report says."""
-    files = {"model": run / "model" / "model.safetensors"} | {
-        f"judge of {field}": judge_file(field) for field in FIELDS
-    }
+    files = {"model": run / "model" / "model.safetensors", "judge": judge_file(field)}
     return {name: sha256_of(path) for name, path in files.items()} | {"settings": settings}
 
 
