@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from zoo.errors import ZooError, nearest
+from zoo.errors import NotThere, ZooError, nearest
 from zoo.files import writing
 
 
@@ -243,7 +243,7 @@ class ImageReader(nn.Module):
         return self._features(self.check_images(images), **settings)
 
     def _features(self, images: Tensor) -> Tensor:
-        raise ZooError(f"{self.info.name} has no features for understanding; it encodes and decodes only.")
+        raise NotThere(f"{self.info.name} has no features for understanding; it encodes and decodes only.")
 
     @torch.no_grad()
     def encode_image(self, images: Tensor, **settings) -> Tensor:
@@ -268,10 +268,10 @@ class ImageReader(nn.Module):
         return images @ texts.T
 
     def _encode_image(self, images: Tensor) -> Tensor:
-        raise ZooError(f"{self.info.name} has no text side; its images have no embedding to compare with texts.")
+        raise NotThere(f"{self.info.name} has no text side; its images have no embedding to compare with texts.")
 
     def _encode_text(self, texts: Sequence[str]) -> Tensor:
-        raise ZooError(f"{self.info.name} has no text side; it reads images only.")
+        raise NotThere(f"{self.info.name} has no text side; it reads images only.")
 
     def check_texts(self, texts: Sequence[str]) -> Sequence[str]:
         """The texts; ZooError when they are no list of at least one."""

@@ -81,9 +81,13 @@ def compose(command: str, overrides: list[str] | None = None) -> DictConfig:
 def store_presets() -> None:
     """Make every preset an option of the group of its kind (`tokenizer`, ...), so that its sizes stand in one place."""
     for registry in KINDS:
-        for name, one in registry.presets().items():
-            node = {"_target_": f"zoo.create_{registry.kind}", "name": name} | config_fields(one.config)
-            ConfigStore.instance().store(group=registry.kind, name=name, node=node)
+        for name in registry.presets():
+            ConfigStore.instance().store(group=registry.kind, name=name, node=preset_node(name, registry))
+
+
+def preset_node(name: str, registry: Registry = tokenizers) -> dict:
+    """What a configuration holds of a preset under its kind."""
+    return {"_target_": f"zoo.create_{registry.kind}", "name": name} | config_fields(registry.preset(name).config)
 
 
 def changed_fields(node: DictConfig, registry: Registry = tokenizers) -> dict:

@@ -6,12 +6,14 @@ import inspect
 import itertools
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
+from lightning.fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import track
@@ -34,17 +36,18 @@ from zoo.commands.common import (
     table,
 )
 from zoo.commands.understanding import TASKS, understanding
+from zoo.distributed import all_or_none
 from zoo.errors import ZooError, nearest
 from zoo.files import write_json
 from zoo.metrics.base import Row
-from zoo.metrics.cost import Cost, timed
+from zoo.metrics.cost import Cost, reset_peak, timed
 from zoo.metrics.frechet import FrechetDistance
 from zoo.metrics.pictures import draw_rate_distortion, draw_reconstructions
 from zoo.metrics.storage import FORMATS
 from zoo.metrics.thumbnail import ThumbnailSize, thumbnail
 from zoo.metrics.tokens import TokenStatistics, numbers
 from zoo.registry import load_tokenizer, weights_path
-from zoo.tokenizer import Tokenizer, TokenizerInfo, Tokens
+from zoo.tokenizer import Tokenizer, Tokens
 from zoo.weights import MissingWeights
 
 SWEPT = {
@@ -59,9 +62,12 @@ SWEPT = {
 
 
 class Entry:
-    """A row of the report: all that is measured of the tokenizer under some settings, or of its thumbnail."""
+    """A row of the report: all that is measured of the tokenizer under some settings, or of a baseline.
 
-    def __init__(self, name: str, settings: dict, metrics: Mapping, statistics: list[Metric], info: TokenizerInfo):
+    kind: what it decodes to, as in TokenizerInfo.
+    """
+
+    def __init__(self, name: str, settings: dict, metrics: Mapping, statistics: list[Metric], kind: str):
         self.name, self.settings, self.statistics = name, settings, statistics
         self.metrics: list[Metric] = []
         self.rows: list[Row] = []
@@ -75,10 +81,10 @@ class Entry:
                     raise
                 metric = get_class(node["_target_"])  # knows which numbers will be missing
                 self.missing |= {row.name: str(error.__cause__) for row in metric.rows}
-            if info.decodes_to not in metric.kinds:
+            if kind not in metric.kinds:
                 raise ZooError(
-                    f"metrics.{key} is for tokenizers that decode to {' or '.join(metric.kinds)}, and {info.name} "
-                    f"decodes to {info.decodes_to}; leave it out, or use metrics=auto."
+                    f"metrics.{key} is for tokenizers that decode to {' or '.join(metric.kinds)}, and {name} "
+                    f"decodes to {kind}; leave it out, or use metrics=auto."
                 )
             self.rows += metric.rows
 
@@ -129,52 +135,94 @@ def reconstruction(cfg: DictConfig) -> dict:
             f"{cfg.encoder.name} is an encoder, which reconstructs nothing; use task=zeroshot or task=probe, or say "
             "tokenizer=NAME."
         )
+    subject = prepared(cfg)
+    fabric = start(cfg)
+    report, rows, shown = measured(cfg, fabric, subject)
+    if fabric.is_global_zero:
+        write(report, rows, shown, cfg)
+    return report
+
+
+class Subject(NamedTuple):
+    """What is measured: a tokenizer, and for each setting of its encode an entry and that of its thumbnail."""
+
+    tokenizer: Tokenizer
+    overrides: dict
+    metrics: dict
+    pairs: list[tuple[Entry, Entry | None]]
+
+
+class Shown(NamedTuple):
+    """The first batch: its images and their names, and for each setting the tokens and reconstructions by label."""
+
+    images: Tensor
+    keys: list[str]
+    results: list[tuple[Tokens, dict[str, Tensor]]]
+
+
+def prepared(cfg: DictConfig) -> Subject:
+    """What cfg says is to be measured, loaded. Raises ZooError for what is wrong in it."""
     overrides = cli.changed_fields(cfg.tokenizer)
     tokenizer = load_tokenizer(cfg.tokenizer.name, weights=cfg.weights, **overrides)
     info = tokenizer.info
-    metrics = chosen_metrics(cfg.metrics, info)
+    metrics = chosen_metrics(cfg.metrics, info.decodes_to)
     pairs = []
     for settings in combinations(cfg.encode, tokenizer):
-        entry, baseline = Entry(info.name, settings, metrics, [TokenStatistics(info), Cost()], info), None
+        entry = Entry(info.name, settings, metrics, [TokenStatistics(info), Cost()], info.decodes_to)
+        baseline = None
         if cfg.baseline and info.decodes_to != "embedding":
-            baseline = Entry("thumbnail", settings, metrics, [ThumbnailSize()], info)
+            baseline = Entry("thumbnail", settings, metrics, [ThumbnailSize()], info.decodes_to)
         pairs.append((entry, baseline))
-    entries = [entry for pair in pairs for entry in pair if entry]
+    return Subject(tokenizer, overrides, metrics, pairs)
 
-    fabric = start(cfg)
+
+def measured(cfg: DictConfig, fabric: Fabric, subject: Subject) -> tuple[dict, dict[str, Row], Shown | None]:
+    """The report over all ranks, the rows of its tables, and this rank's first batch, None where it has no image.
+
+    Raises ZooError, on every rank, where there is no image to score.
+    """
+    tokenizer, info = subject.tokenizer, subject.tokenizer.info
+    entries = [entry for pair in subject.pairs for entry in pair if entry]
     torch.manual_seed(cfg.seed)
     tokenizer.to(fabric.device, DTYPES[cfg.dtype])
     for entry in entries:
         entry.to(fabric.device)
-    source = OmegaConf.to_container(cfg.data, resolve=True) | {"fields": [info.input]}
+    source, batches = images_of(cfg, fabric, info.input)
+    shown = None
+    reset_peak(fabric.device)
+    with all_or_none():
+        for batch in track(batches, info.name, disable=not fabric.is_global_zero, transient=True):
+            images, keys = batch[info.input].to(fabric.device), batch["key"]
+            if shown is None:  # no first call is timed
+                for entry, _ in subject.pairs:
+                    through(tokenizer, images, entry.settings)
+            results = [step(tokenizer, images, keys, *pair, cfg.stored_as) for pair in subject.pairs]
+            shown = shown or Shown(images, keys, results)
+
+    reports = [entry.report() for entry in entries]
+    count = int(reports[0]["metrics"]["images"])
+    if not count:
+        raise ZooError(f"no image to score came from data={source}.")
+    rows = {row.name: row for entry in entries for row in entry.rows}
+    about = protocol(cfg, source, subject) | {"images": count}
+    if fabric.is_global_zero:
+        about["image_size"] = list(shown.images.shape[-2:])
+    report = {
+        "protocol": about,
+        "run": about_the_run(fabric),
+        "measures": {row.name: {"title": row.title, "better": row.better} for row in rows.values()},
+        "rows": reports,
+    }
+    return report, rows, shown
+
+
+def images_of(cfg: DictConfig, fabric: Fabric, field: str) -> tuple[dict, Iterable[dict]]:
+    """The data of cfg as its protocol has it, and this rank's batches of that field, up to cfg.limit images of all."""
+    source = OmegaConf.to_container(cfg.data, resolve=True) | {"fields": [field]}
     data = instantiate(source)
     data.trainer = fabric  # it asks for the rank and the number of ranks
     batches = data.test_dataloader()
-    if cfg.limit is not None:
-        batches = limited(batches, cfg.limit)
-    first = None
-    for batch in track(batches, info.name, disable=not fabric.is_global_zero, transient=True):
-        images, keys = batch[info.input].to(fabric.device), batch["key"]
-        if first is None:  # no first call is timed
-            for entry, _ in pairs:
-                through(tokenizer, images, entry.settings)
-        results = [step(tokenizer, images, keys, *pair, cfg.stored_as) for pair in pairs]
-        first = first or (images, results)
-
-    rows = [entry.report() for entry in entries]
-    count = int(rows[0]["metrics"]["images"])
-    if not count:
-        raise ZooError(f"no image to score came from data={source}.")
-    report = {
-        "protocol": protocol(cfg, source, overrides, metrics) | {"images": count},
-        "run": about_the_run(fabric),
-        "measures": {row.name: {"title": row.title, "better": row.better} for entry in entries for row in entry.rows},
-        "rows": rows,
-    }
-    if fabric.is_global_zero:
-        report["protocol"]["image_size"] = list(first[0].shape[-2:])
-        write(report, {row.name: row for entry in entries for row in entry.rows}, *first, cfg)
-    return report
+    return source, batches if cfg.limit is None else limited(batches, cfg.limit)
 
 
 def step(tokenizer, images: Tensor, keys: list[str], entry: Entry, baseline: Entry | None, stored_as: str | None):
@@ -216,10 +264,10 @@ def check(cfg: DictConfig) -> None:
             expect_integer(cfg, name, least)
 
 
-def chosen_metrics(node: DictConfig, info: TokenizerInfo) -> dict:
-    """The measures by name: under "auto" those that fit the tokenizer, and with them the ones asked for beside it."""
+def chosen_metrics(node: DictConfig, kind: str) -> dict:
+    """The measures by name: under "auto" those for what is decoded, and with them the ones asked for beside it."""
     metrics = OmegaConf.to_container(node, resolve=True)
-    return metrics.pop("auto", {}).get(info.decodes_to, {}) | metrics
+    return metrics.pop("auto", {}).get(kind, {}) | metrics
 
 
 def combinations(encode: DictConfig, tokenizer: Tokenizer) -> list[dict]:
@@ -233,12 +281,12 @@ def combinations(encode: DictConfig, tokenizer: Tokenizer) -> list[dict]:
     return [dict(zip(settings, chosen, strict=True)) for chosen in itertools.product(*values)]
 
 
-def protocol(cfg: DictConfig, source: dict, overrides: dict, metrics: dict) -> dict:
+def protocol(cfg: DictConfig, source: dict, subject: Subject) -> dict:
     """All that decides the numbers: reports whose protocols are equal can be compared."""
     return {
         "task": "reconstruction",
         "tokenizer": cfg.tokenizer.name,
-        "overrides": overrides,
+        "overrides": subject.overrides,
         "weights": about_file(weights_path(cfg.tokenizer.name, cfg.weights)),
         "encode": OmegaConf.to_container(cfg.encode, resolve=True),
         "data": source,
@@ -247,28 +295,28 @@ def protocol(cfg: DictConfig, source: dict, overrides: dict, metrics: dict) -> d
         "scored": "the crop that went into the tokenizer against its reconstruction, clamped to [0, 1]",
         "stored_as": cfg.stored_as,
         "thumbnail": "bicubic, with as many numbers as ids or latent values, each kept as a 32-bit float",
-        "metrics": metrics,
+        "metrics": subject.metrics,
         "limit": cfg.limit,
         "dtype": cfg.dtype,
         "seed": cfg.seed,
     }
 
 
-def write(report: dict, rows: dict[str, Row], images: Tensor, results: list, cfg: DictConfig) -> None:
+def write(report: dict, rows: dict[str, Row], shown: Shown, cfg: DictConfig) -> None:
     """metrics.json, a picture for each setting and one of all of them, and the tables on the terminal."""
     folder = Path(cfg.output_dir)
     write_json(folder / "metrics.json", report, allow_nan=False)
-    for i, (tokens, outputs) in enumerate(results, 1):
+    for i, (tokens, outputs) in enumerate(shown.results, 1):
         if outputs and cfg.pictures:
-            path = folder / ("reconstructions.png" if len(results) == 1 else f"reconstructions-{i}.png")
+            path = folder / ("reconstructions.png" if len(shown.results) == 1 else f"reconstructions-{i}.png")
             outputs = {name: output[: cfg.pictures] for name, output in outputs.items()}
-            draw_reconstructions(path, images[: cfg.pictures], outputs, tokens[: cfg.pictures])
+            draw_reconstructions(path, shown.images[: cfg.pictures], outputs, tokens[: cfg.pictures])
     console = Console(highlight=False)
     about, (height, width) = report["protocol"], report["protocol"]["image_size"]
     title = f"{about['tokenizer']}: {about['images']} images of {height} x {width} pixels"
     for i in range(0, len(report["rows"]), COLUMNS):
         console.print(table(title, report["rows"][i : i + COLUMNS], rows))
-    if len(results) > 1:
+    if len(shown.results) > 1:
         console.print(sweep_table(report["rows"], rows))
         if "psnr" in rows:
             draw_sweep(folder / "rate-distortion.png", report["rows"], rows)

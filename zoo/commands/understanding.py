@@ -20,7 +20,7 @@ from zoo.commands import cli
 from zoo.commands.common import DTYPES, about_file, about_the_run, expect_one_of, limited, preparation, start, table
 from zoo.data import Loader, ZooDataModule, joined
 from zoo.data.questions import Labels, Question
-from zoo.distributed import on_first_rank
+from zoo.distributed import all_or_none, on_first_rank
 from zoo.errors import ZooError
 from zoo.files import write_json
 from zoo.metrics.base import Row
@@ -28,7 +28,7 @@ from zoo.metrics.pictures import draw_ranking
 from zoo.metrics.probe import most_frequent, probe
 from zoo.metrics.retrieval import chance_at, recall_at, recalls
 from zoo.metrics.zeroshot import text_classifier
-from zoo.registry import encoders, tokenizers
+from zoo.registry import Registry, encoders, tokenizers
 from zoo.tokenizer import ImageReader
 
 KS = (1, 5)
@@ -47,23 +47,32 @@ def understanding(cfg: DictConfig) -> dict:
     """
     check(cfg)
     registry, node = (encoders, cfg.encoder) if cfg.get("encoder") else (tokenizers, cfg.tokenizer)
-    overrides = cli.changed_fields(node, registry)
     labels = asked(instantiate(cfg.labels), cfg.task)
-    reader = registry.load(node.name, cfg.weights, **overrides)
+    reader = registry.load(node.name, cfg.weights, **cli.changed_fields(node, registry))
+    report, rows = understood(cfg, start(cfg), registry, reader, labels)
+    if rows:
+        write(report, rows, Path(cfg.output_dir))
+    return report
+
+
+def understood(
+    cfg: DictConfig, fabric: Fabric, registry: Registry, reader: ImageReader, labels: Labels
+) -> tuple[dict, list[Row] | None]:
+    """The report, on every rank, and the rows of its table, None but on the first rank."""
     fields = [reader.info.input, *(field for question in labels.questions for field in question.fields)]
     fields = list(dict.fromkeys([*fields, "caption"] if labels.captions else fields))
     source = OmegaConf.to_container(cfg.data, resolve=True) | {"fields": fields}
     data = instantiate(source)
-    fabric = start(cfg)
     reader.to(fabric.device, DTYPES[cfg.dtype])
 
     found = TASKS[cfg.task](cfg, fabric, reader, labels, data)
-    report = None
+    report, rows = None, None
     if fabric.is_global_zero:
+        node = cfg[registry.kind]
         protocol = {
             "task": cfg.task,
             registry.kind: node.name,
-            "overrides": overrides,
+            "overrides": cli.changed_fields(node, registry),
             "weights": about_file(registry.weights_path(node.name, cfg.weights)),
             "data": source,
             "labels": OmegaConf.to_container(cfg.labels, resolve=True),
@@ -78,8 +87,7 @@ def understanding(cfg: DictConfig) -> dict:
             "measures": {row.name: {"title": row.title, "better": row.better} for row in rows},
             "rows": [entry(name, metrics) for name, metrics in entries.items()],
         }
-        write(report, rows, Path(cfg.output_dir))
-    return fabric.broadcast(report)
+    return fabric.broadcast(report), rows
 
 
 def check(cfg: DictConfig) -> None:
@@ -112,7 +120,9 @@ def read(cfg: DictConfig, fabric: Fabric, data: ZooDataModule, source, look: Cal
     loader = Loader(source, **data.options, rank=fabric.global_rank, world_size=fabric.world_size)
     batches = loader if cfg.limit is None else limited(loader, cfg.limit)
     silent = not fabric.is_global_zero
-    found = on_first_rank([look(batch) for batch in track(batches, "images", disable=silent, transient=True)])
+    with all_or_none():
+        parts = [look(batch) for batch in track(batches, "images", disable=silent, transient=True)]
+    found = on_first_rank(parts)
     if found == []:
         raise ZooError(f"no image came from {source}.")
     return found and joined(found)
@@ -216,7 +226,9 @@ def embed_texts(reader: ImageReader, texts: Sequence[Sequence[str]], size: int, 
     flat = [text for one in texts for text in one]
     begin, end = (len(flat) * r // fabric.world_size for r in (fabric.global_rank, fabric.global_rank + 1))
     chunks = track(range(begin, end, size), "texts", disable=not fabric.is_global_zero, transient=True)
-    parts = on_first_rank([reader.encode_text(flat[i : min(i + size, end)]).float().cpu() for i in chunks])
+    with all_or_none():
+        own = [reader.encode_text(flat[i : min(i + size, end)]).float().cpu() for i in chunks]
+    parts = on_first_rank(own)
     return parts and torch.cat(parts).unflatten(0, (len(texts), -1))
 
 

@@ -1,6 +1,9 @@
+import gc
 import resource
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,11 +22,21 @@ def timed(device: torch.device, function, *args, **kwargs):
     return result, time.perf_counter() - start
 
 
+def reset_peak(device: torch.device) -> None:
+    """Forget the peak of memory so far; on the CPU this is possible on Linux only, and elsewhere nothing happens."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        gc.collect()
+        with suppress(OSError):  # not in every container
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 class Cost(Metric):
     """Images per second on one device for encode and for decode, and the peak of memory in MiB.
 
-    Memory is what PyTorch allocated at the most on a CUDA device, and elsewhere the largest resident size that the
-    whole process ever had; over several ranks it is that of the hungriest.
+    Memory is what PyTorch allocated at the most on a CUDA device, and elsewhere the largest resident size of the whole
+    process, since `reset_peak`; over several ranks it is that of the hungriest.
     """
 
     full_state_update = False
