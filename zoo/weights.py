@@ -156,21 +156,35 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _download(location: str | Path, name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+def in_cache(location: str) -> bool:
+    """Whether the file of a hub location was downloaded before."""
+    from huggingface_hub import try_to_load_from_cache
 
+    repository, file, revision = _on_hub(location)
+    return isinstance(try_to_load_from_cache(repository, file, **revision), str)
+
+
+def _on_hub(location: str | Path) -> tuple[str, str, dict]:
+    """Repository, file and revision of "hf://owner/name@commit/file"."""
     parts = str(location).removeprefix("hf:/").lstrip("/").split("/")
     if len(parts) < 3:
         raise ZooError(f"a hub location is 'hf://owner/name/file' or 'hf://owner/name@commit/file', got '{location}'.")
     repository, revision = pinned("/".join(parts[:2]))
+    return repository, "/".join(parts[2:]), revision
+
+
+def _download(location: str | Path, name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, file, revision = _on_hub(location)
     try:
-        return Path(hf_hub_download(repository, "/".join(parts[2:]), **revision))
+        return Path(hf_hub_download(repository, file, **revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ZooError(
             f"cannot download {location} for {name} ({type(error).__name__}: {reason}); download the file where there "
-            f"is a network and pass weights='path/to/{parts[-1]}'."
+            f"is a network and pass weights='path/to/{Path(file).name}'."
         ) from error
 
 

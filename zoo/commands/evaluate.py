@@ -26,6 +26,7 @@ from zoo.commands.common import (
     COLUMNS,
     DTYPES,
     about_file,
+    about_rows,
     about_the_run,
     expect_integer,
     expect_one_of,
@@ -135,7 +136,8 @@ def reconstruction(cfg: DictConfig) -> dict:
             f"{cfg.encoder.name} is an encoder, which reconstructs nothing; use task=zeroshot or task=probe, or say "
             "tokenizer=NAME."
         )
-    subject = prepared(cfg)
+    tokenizer = load_tokenizer(cfg.tokenizer.name, weights=cfg.weights, **cli.changed_fields(cfg.tokenizer))
+    subject = prepared(cfg, tokenizer)
     fabric = start(cfg)
     report, rows, shown = measured(cfg, fabric, subject)
     if fabric.is_global_zero:
@@ -147,7 +149,6 @@ class Subject(NamedTuple):
     """What is measured: a tokenizer, and for each setting of its encode an entry and that of its thumbnail."""
 
     tokenizer: Tokenizer
-    overrides: dict
     metrics: dict
     pairs: list[tuple[Entry, Entry | None]]
 
@@ -160,10 +161,8 @@ class Shown(NamedTuple):
     results: list[tuple[Tokens, dict[str, Tensor]]]
 
 
-def prepared(cfg: DictConfig) -> Subject:
-    """What cfg says is to be measured, loaded. Raises ZooError for what is wrong in it."""
-    overrides = cli.changed_fields(cfg.tokenizer)
-    tokenizer = load_tokenizer(cfg.tokenizer.name, weights=cfg.weights, **overrides)
+def prepared(cfg: DictConfig, tokenizer: Tokenizer) -> Subject:
+    """What cfg says is to be measured of a tokenizer. Raises ZooError for settings or measures that do not fit it."""
     info = tokenizer.info
     metrics = chosen_metrics(cfg.metrics, info.decodes_to)
     pairs = []
@@ -173,7 +172,7 @@ def prepared(cfg: DictConfig) -> Subject:
         if cfg.baseline and info.decodes_to != "embedding":
             baseline = Entry("thumbnail", settings, metrics, [ThumbnailSize()], info.decodes_to)
         pairs.append((entry, baseline))
-    return Subject(tokenizer, overrides, metrics, pairs)
+    return Subject(tokenizer, metrics, pairs)
 
 
 def measured(cfg: DictConfig, fabric: Fabric, subject: Subject) -> tuple[dict, dict[str, Row], Shown | None]:
@@ -210,7 +209,7 @@ def measured(cfg: DictConfig, fabric: Fabric, subject: Subject) -> tuple[dict, d
     report = {
         "protocol": about,
         "run": about_the_run(fabric),
-        "measures": {row.name: {"title": row.title, "better": row.better} for row in rows.values()},
+        "measures": about_rows(rows.values()),
         "rows": reports,
     }
     return report, rows, shown
@@ -286,7 +285,7 @@ def protocol(cfg: DictConfig, source: dict, subject: Subject) -> dict:
     return {
         "task": "reconstruction",
         "tokenizer": cfg.tokenizer.name,
-        "overrides": subject.overrides,
+        "overrides": cli.changed_fields(cfg.tokenizer),
         "weights": about_file(weights_path(cfg.tokenizer.name, cfg.weights)),
         "encode": OmegaConf.to_container(cfg.encode, resolve=True),
         "data": source,

@@ -17,7 +17,17 @@ from rich.progress import track
 from torch import Tensor
 
 from zoo.commands import cli
-from zoo.commands.common import DTYPES, about_file, about_the_run, expect_one_of, limited, preparation, start, table
+from zoo.commands.common import (
+    DTYPES,
+    about_file,
+    about_rows,
+    about_the_run,
+    expect_one_of,
+    limited,
+    preparation,
+    start,
+    table,
+)
 from zoo.data import Loader, ZooDataModule, joined
 from zoo.data.questions import Labels, Question
 from zoo.distributed import all_or_none, on_first_rank
@@ -84,7 +94,7 @@ def understood(
         report = {
             "protocol": protocol | about,
             "run": about_the_run(fabric),
-            "measures": {row.name: {"title": row.title, "better": row.better} for row in rows},
+            "measures": about_rows(rows),
             "rows": [entry(name, metrics) for name, metrics in entries.items()],
         }
     return fabric.broadcast(report), rows

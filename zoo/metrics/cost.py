@@ -32,6 +32,14 @@ def reset_peak(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5")
 
 
+def peak_of_process() -> int:
+    """The largest resident size in bytes."""
+    if sys.platform == "linux":  # where getrusage begins with that of the process which started this one
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 class Cost(Metric):
     """Images per second on one device for encode and for decode, and the peak of memory in MiB.
 
@@ -63,8 +71,8 @@ class Cost(Metric):
         self.decode += decode
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
-        else:  # kilobytes on Linux, bytes on macOS
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        else:
+            peak = peak_of_process()
         self.peak.clamp_(min=peak / 2**20)
 
     def compute(self) -> dict[str, Tensor]:

@@ -26,16 +26,27 @@ def cut_off(values: Tensor) -> Tensor:
 
 def jpeg(images: Tensor) -> Tensor:
     """Images (B, 1 or 3, H, W) in [0, 1], `cut_off`, as JPEG files of quality 95 give them back: DualToken's rFID."""
-    values = cut_off(2 * images - 1).movedim(1, -1).cpu().numpy()
-    return torch.from_numpy(np.stack([_through_a_file(one) for one in values])).to(images)
+    return files(cut_off(2 * images - 1), "JPEG", quality=95)[0].to(images)
 
 
-def _through_a_file(pixels: np.ndarray) -> np.ndarray:
-    """(H, W, C) bytes to (C, H, W) float32 in [0, 1]."""
-    file = io.BytesIO()
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, "JPEG", quality=95)
-    back = np.asarray(Image.open(file), np.float32) / 255
-    return back.reshape(pixels.shape).transpose(2, 0, 1)
+def files(images: Tensor, form: str, side: int | None = None, **options) -> tuple[Tensor, list[int]]:
+    """What files of a format of Pillow give back of images (B, 1 or 3, H, W) uint8, float32 in [0, 1], and their bytes.
+
+    side: of the shorter side in pixels to which they are first made smaller, and from which they come back, bicubic;
+    the sizes are those of whole files, headers included. options: of the format.
+    """
+    restored, sizes = [], []
+    for pixels in images.movedim(1, -1).cpu().numpy():
+        image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+        mode, whole, file = image.mode, image.size, io.BytesIO()
+        if side is not None and side < min(whole):
+            image = image.resize([max(round(one * side / min(whole)), 1) for one in whole], Image.Resampling.BICUBIC)
+        image.save(file, form, **options)
+        sizes.append(file.tell())
+        image = Image.open(file).convert(mode)
+        back = np.asarray(image if image.size == whole else image.resize(whole, Image.Resampling.BICUBIC), np.float32)
+        restored.append(back.reshape(pixels.shape).transpose(2, 0, 1) / 255)
+    return torch.from_numpy(np.stack(restored)), sizes
 
 
 FORMATS: dict[str, Callable[[Tensor], Tensor]] = {"png": png, "jpeg": jpeg}
