@@ -14,7 +14,7 @@ from zoo.errors import ZooError
 from zoo.metrics.storage import files
 from zoo.metrics.thumbnail import thumbnail, thumbnail_shape
 
-CODECS = ("thumbnail", "jpeg", "webp")
+NAMES = {"thumbnail": "thumbnail", "jpeg": "JPEG", "webp": "WebP"}
 QUALITIES = {"jpeg": range(1, 96), "webp": range(101)}
 OPTIONS = {"jpeg": {"optimize": True}, "webp": {"method": 6}}
 
@@ -40,7 +40,7 @@ class Thumbnail:
         self.shape = shape
 
     def fit(self, bits: float) -> Fit:
-        channels, height, width = self.shape
+        channels = self.shape[0]
         numbers = int(bits) // 8
         if numbers < channels:
             raise TooFew(f"a thumbnail of one pixel takes {8 * channels} bits.")
@@ -80,9 +80,7 @@ class Files:
             best = found, side, quality
         if best is None:
             least = min(self.try_out(side, QUALITIES[self.form][0])[0] for side in self.sides)
-            raise TooFew(
-                f"no {self.form.upper()} file is that small: headers included, the least is {least:,.0f} bits."
-            )
+            raise TooFew(f"no {NAMES[self.form]} file is that small: headers included, the least is {least:,.0f} bits.")
         (mean, _), side, quality = best
         return Fit({"side": side, "quality": quality}, mean, lambda images: self.apply(images, side, quality)[0])
 

@@ -69,10 +69,8 @@ class Cost(Metric):
         self.images += images
         self.encode += encode
         self.decode += decode
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device)
-        else:
-            peak = peak_of_process()
+        cuda = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) if cuda else peak_of_process()
         self.peak.clamp_(min=peak / 2**20)
 
     def compute(self) -> dict[str, Tensor]:

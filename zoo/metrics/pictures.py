@@ -139,11 +139,12 @@ def _name(figure: Figure, plot: Axes, drawn: Sequence[tuple[str, str, Sequence[t
     lines = [plot.transData.transform(points) for *_, points in drawn]
     taken = [one for line in lines for one in _along(line, 3 * scale)]  # (x, y) on curves
     taken = np.concatenate(taken) if taken else np.empty((0, 2))
+    leader = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2}
     inside, boxes = plot.get_window_extent(renderer), []
     for annotation in plot.texts:
         boxes.append(annotation.get_window_extent(renderer))
     for (name, colour, _), line in sorted(zip(drawn, lines, strict=True), key=lambda one: len(one[1])):
-        text = plot.annotate(name, (0, 0), fontsize=8.5, color=colour, fontweight="medium", annotation_clip=False)
+        text = plot.annotate(name, (0, 0), fontsize=8.5, color=colour, annotation_clip=False)
         size = text.get_window_extent(renderer)
         width, height = size.width, size.height
         best = None
@@ -164,8 +165,8 @@ def _name(figure: Figure, plot: Axes, drawn: Sequence[tuple[str, str, Sequence[t
         text.set_visible(False)
         plot.annotate(
             name, plot.transData.inverted().transform(point), plot.transData.inverted().transform(box.min),
-            fontsize=8.5, color=colour, fontweight="medium", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2} if reach > 12 else None,
+            fontsize=8.5, color=colour, annotation_clip=False,
+            arrowprops=leader | {"color": colour} if reach > 12 else None,
         )  # fmt: skip
     for text in [text for text in plot.texts if not text.get_visible()]:
         text.remove()

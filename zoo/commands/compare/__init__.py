@@ -18,7 +18,7 @@ from zoo.commands.understanding import TASKS, asked
 from zoo.commands.understanding import check as check_understanding
 from zoo.errors import ZooError, nearest
 from zoo.files import discard_parts
-from zoo.metrics.codecs import CODECS
+from zoo.metrics.codecs import NAMES as CODECS
 from zoo.registry import is_here, tokenizers, weights_path
 from zoo.weights import sha256_of
 

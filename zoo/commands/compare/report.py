@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 
 from zoo.commands.common import about_the_run
 from zoo.commands.compare.measuring import budget, codec_file, encode_of, groups, rate_budgets, read
+from zoo.metrics.codecs import NAMES as CODECS
 
-CODEC_NAMES = {"thumbnail": "thumbnail", "jpeg": "JPEG", "webp": "WebP"}
 COUNTED = ("tokens", "numbers", "bits", "codebook_use/", "perplexity/", "image_entropy/", "encode_", "decode_", "peak_")
 """How the names of measures begin that are none of the reconstruction's quality."""
 
@@ -144,8 +144,7 @@ class Section:
     @property
     def points(self) -> list[tuple[dict, dict]]:
         """Tokenizer and point, of all that can be drawn."""
-        drawn = [entry for entry in self.entries if entry.get("points") and decodes(entry)]
-        return [(entry, point) for entry in drawn for point in entry["points"]]
+        return all_points([entry for entry in self.entries if entry["tokenizer"] and decodes(entry)])
 
 
 TITLES = {"image": "Images", "depth": "Depth maps"}
@@ -173,6 +172,15 @@ def decodes(entry: dict) -> bool:
     return entry["tokenizer"]["decodes_to"] != "embedding"
 
 
+def all_points(entries: Iterable[dict]) -> list[tuple[dict, dict]]:
+    """Each point that was measured, with its tokenizer."""
+    return [(entry, point) for entry in entries for point in entry.get("points", ())]
+
+
+def measure_column(measure: dict) -> Column:
+    return Column(measure["title"], measure["better"], measure["format"])
+
+
 def label(entry: dict, point: dict | None = None) -> str:
     settings = point["settings"] if point else {}
     return ", ".join([entry["name"], *(f"{name} {value}" for name, value in settings.items())])
@@ -183,7 +191,7 @@ def reconstruction(report: dict, entries: list[dict]) -> Iterable[Table]:
     measured = [entry for entry in entries if "points" in entry]
     known = {name for entry in measured for point in entry["points"] for name in point["metrics"]}
     quality = {name: one for name, one in measures.items() if name in known and not name.startswith(COUNTED)}
-    points = [(entry, point) for entry in measured for point in entry["points"]]
+    points = all_points(measured)
     notes = []
     for name in list(quality):
         reasons = {point["missing"].get(name) for entry, point in points if decodes(entry)}
@@ -194,7 +202,7 @@ def reconstruction(report: dict, entries: list[dict]) -> Iterable[Table]:
         notes.append("Image sizes differ: compare bits per pixel, and see that each is scored at its own size.")
     columns = [Column("tokenizer"), *([Column("image size")] if sized else [])]
     columns += [Column("tokens", "", ".4g"), Column("bits an image", "", ",.5g"), Column("bits per pixel", "", ".3f")]
-    columns += [Column(one["title"], one["better"], one["format"]) for one in quality.values()]
+    columns += [measure_column(one) for one in quality.values()]
     rows = []
     for entry, point in points:
         metrics = point["metrics"]
@@ -219,7 +227,7 @@ def kind_of(entry: dict) -> str:
 
 
 def equal_bits(report: dict, entries: list[dict]) -> Iterable[Table]:
-    points = [(e, p) for e in entries for p in e.get("points", ()) if "codecs" in p]
+    points = [(entry, point) for entry, point in all_points(entries) if "codecs" in point]
     if not points or not points[0][1]["codecs"]:
         return
     measures, codecs = report["measures"]["reconstruction"], list(points[0][1]["codecs"])
@@ -227,7 +235,7 @@ def equal_bits(report: dict, entries: list[dict]) -> Iterable[Table]:
     columns = [Column("tokenizer"), Column("bits an image", "", ",.5g")]
     for name in shown:
         title, better, form = (measures[name][key] for key in ("title", "better", "format"))
-        columns += [Column(one, better, form, title) for one in ("tokenizer", *(CODEC_NAMES[c] for c in codecs))]
+        columns += [Column(one, better, form, title) for one in ("tokenizer", *(CODECS[c] for c in codecs))]
     rows = []
     for entry, point in points:
         row = [Cell(label(entry, point)), Cell(point["metrics"]["bits"])]
@@ -257,17 +265,14 @@ def understanding(report: dict, entries: list[dict]) -> Iterable[Table]:
         if not able:
             continue
         measures = report["measures"][task]
-        columns = [Column("tokenizer"), *(Column(m["title"], m["better"], m["format"]) for m in measures.values())]
+        columns = [Column("tokenizer"), *(measure_column(one) for one in measures.values())]
         rows = [
-            [
-                Cell(entry["name"]),
-                *(Cell(entry[task]["metrics"][n], entry[task]["missing"].get(n, "")) for n in measures),
-            ]
+            [Cell(entry["name"])]
+            + [Cell(entry[task]["metrics"][name], entry[task]["missing"].get(name, "")) for name in measures]
             for entry in able
         ]
-        others = [
-            [Cell(name), *(Cell(one.get(n)) for n in measures)] for name, one in report["baselines"][task].items()
-        ]
+        baselines = report["baselines"][task]
+        others = [[Cell(name), *(Cell(one.get(key)) for key in measures)] for name, one in baselines.items()]
         what = {"probe": "features", "zeroshot": "text side"}[task]
         notes = [f"Without {what}: {', '.join(lacking)}."] if lacking else []
         yield Table(title, columns, rows, others, notes=notes)
@@ -278,7 +283,6 @@ def codebooks(report: dict, entries: list[dict]) -> Iterable[Table]:
         Column("tokenizer"),
         Column("stream"),
         Column("codes", "", ",d"),
-        Column("levels", "", "d"),
         Column("used", "higher", ".1%"),
         Column("perplexity", "", ",.1f"),
         Column("entropy, bits", "", ".2f"),
@@ -286,13 +290,12 @@ def codebooks(report: dict, entries: list[dict]) -> Iterable[Table]:
         Column("within an image, bits", "", ".2f"),
     ]
     rows = []
-    for entry, point in ((entry, point) for entry in entries for point in entry.get("points", ())):
-        about, metrics = entry["tokenizer"], point["metrics"]
-        for stream, size in about["codebook_sizes"].items():
+    for entry, point in all_points(entries):
+        metrics = point["metrics"]
+        for stream, size in entry["tokenizer"]["codebook_sizes"].items():
             entropy = math.log2(metrics[f"perplexity/{stream}"])
-            values = (size, about["levels"].get(stream, 1), metrics[f"codebook_use/{stream}"])
-            values += (metrics[f"perplexity/{stream}"], entropy, entropy / math.log2(size))
-            values += (metrics[f"image_entropy/{stream}"],)
+            values = (size, metrics[f"codebook_use/{stream}"], metrics[f"perplexity/{stream}"])
+            values += (entropy, entropy / math.log2(size), metrics[f"image_entropy/{stream}"])
             rows.append([Cell(label(entry, point)), Cell(stream), *map(Cell, values)])
     if rows:
         yield Table("Use of codebooks", columns, rows)
@@ -301,16 +304,12 @@ def codebooks(report: dict, entries: list[dict]) -> Iterable[Table]:
 def cost(report: dict, entries: list[dict]) -> Iterable[Table]:
     measures = report["measures"].get("reconstruction", {})
     peak = next((name for name in measures if name.startswith("peak_")), None)
-    shown = ["encode_per_second", "decode_per_second", peak]
-    columns = [Column("tokenizer"), Column("parameters", "", ",d")]
-    columns += [
-        Column(measures[n]["title"], measures[n]["better"], measures[n]["format"]) for n in shown if n in measures
-    ]
+    shown = [name for name in ("encode_per_second", "decode_per_second", peak) if name in measures]
+    columns = [Column("tokenizer"), Column("parameters", "", ",d"), *(measure_column(measures[name]) for name in shown)]
     rows = [
         [Cell(label(entry, point)), Cell(entry["tokenizer"]["parameters"])]
-        + [Cell(point["metrics"].get(name)) for name in shown if name in measures]
-        for entry in entries
-        for point in entry.get("points", ())
+        + [Cell(point["metrics"].get(name)) for name in shown]
+        for entry, point in all_points(entries)
     ]
     if rows:
         about = [entry["runs"]["reconstruction"] for entry in entries if "points" in entry]
@@ -323,3 +322,14 @@ def shown_as(cell: Cell, column: Column) -> str:
     if cell.value is None:
         return ""
     return f"{cell.value:{column.format}}" if isinstance(cell.value, (int, float)) else cell.value
+
+
+def headline(report: dict) -> str:
+    """One sentence on what was compared."""
+    counts = sorted({entry["images"] for entry in report["tokenizers"] if "images" in entry})
+    images = f"{' or '.join(map(str, counts))} images, " if counts else ""
+    return f"{len(report['tokenizers'])} tokenizers, {images}{report['run']['date'][:10]}"
+
+
+def absent(report: dict) -> str:
+    return f"Without weights on this machine: {', '.join(report['absent'])}."
