@@ -88,7 +88,7 @@ def pictures(report: dict, section: Section, folder: Path) -> dict:
     first = points[0][0]
     count = range(len(keys))
     original = [png(folder / first["name"] / "pictures" / "original" / f"{i}.png") for i in count]
-    columns = [{"title": "original", "about": "", "kind": "original", "views": {"picture": original}}]
+    columns = [{"title": "original", "about": "", "kind": "original", "views": {"picture": original}, "shown": True}]
     for entry, point in points:
         own = folder / entry["name"] / "pictures" / str(entry["points"].index(point))
         streams = sorted({path.stem.partition(" ")[2] for path in own.glob("0 *.png")})
@@ -96,7 +96,9 @@ def pictures(report: dict, section: Section, folder: Path) -> dict:
         views["tokens"] = [{stream: png(own / f"{i} {stream}.png") for stream in streams} for i in count]
         for codec in point.get("codecs", ()):
             views[codec] = compressed(folder, section, entry, point, codec, count)
-        columns.append(column(label(entry, point), point["metrics"], "tokenizer", views))
+        most = max(one["metrics"]["bits"] for one in entry["points"])
+        shown = point["metrics"]["bits"] == most
+        columns.append(column(label(entry, point), point["metrics"], "tokenizer", views, shown))
     middle = sorted(points, key=lambda one: one[1]["metrics"]["bits_per_pixel"])[len(points) // 2]
     for codec, found in middle[1].get("codecs", {}).items():
         if "metrics" in found:
@@ -105,9 +107,10 @@ def pictures(report: dict, section: Section, folder: Path) -> dict:
     return {"keys": keys, "columns": columns, "middle": f"the bits of {label(*middle)}"}
 
 
-def column(title: str, metrics: dict, kind: str, views: dict) -> dict:
+def column(title: str, metrics: dict, kind: str, views: dict, shown: bool = True) -> dict:
+    """A column of the side-by-side table; shown: at first, before the reader chooses."""
     psnr = "" if metrics.get("psnr") is None else f", {metrics['psnr']:.1f} dB"
-    return {"title": title, "about": f"{metrics['bits']:,.0f} bits{psnr}", "kind": kind, "views": views}
+    return {"title": title, "about": f"{metrics['bits']:,.0f} bits{psnr}", "kind": kind, "views": views, "shown": shown}
 
 
 def compressed(folder: Path, section: Section, entry: dict, point: dict, codec: str, count: range) -> list[str | None]:

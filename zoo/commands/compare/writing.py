@@ -14,8 +14,9 @@ from zoo.commands.compare.page import page
 from zoo.commands.compare.report import Section, Table, absent, headline, sections, shown_as
 from zoo.files import write_json, writing
 
-COLUMNS = 6
+COLUMNS = 5
 """Of a table on the terminal, beside the names."""
+IN_FILES_ONLY = ("Use of codebooks", "Speed and memory")
 
 
 def write(report: dict, folder: Path, console: Console) -> None:
@@ -25,7 +26,7 @@ def write(report: dict, folder: Path, console: Console) -> None:
         with writing(folder / name) as file:
             file.write(text.encode())
     for section in found:
-        for table in section.tables:
+        for table in (table for table in section.tables if table.title not in IN_FILES_ONLY):
             for part in on_terminal(section, table):
                 console.print(part)
             for note in table.notes:
