@@ -58,7 +58,9 @@ def of_task(cfg: DictConfig, task: str, name: str | None = None) -> DictConfig:
 
 
 def encode_of(cfg: DictConfig, name: str) -> dict:
-    return OmegaConf.to_container(cfg.encode, resolve=True).get(name) or {}
+    """Settings of the encode of a tokenizer; one that is null is none."""
+    settings = OmegaConf.to_container(cfg.encode, resolve=True).get(name) or {}
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def measure(cfg: DictConfig, fabric: Fabric, name: str, folder: Path) -> dict[str, str]:
