@@ -46,7 +46,7 @@ def compare(cfg: DictConfig) -> dict:
         failures[name] = measure(cfg, fabric, name, folder / name)
         for reason in failures[name].values():
             console.print(f"    failed: {reason}", soft_wrap=True, markup=False)
-    for group in fabric.broadcast(groups(folder, names)):
+    for group in fabric.broadcast(groups(cfg, names)):
         console.print(f"codecs: {group}")
         compress(cfg, fabric, folder, group)
     report = None

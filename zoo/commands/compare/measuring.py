@@ -147,10 +147,11 @@ def write_picture(path: Path, image: Image.Image) -> None:
         image.save(file, "PNG", optimize=True)
 
 
-def groups(folder: Path, names: Sequence[str]) -> list[Group]:
+def groups(cfg: DictConfig, names: Sequence[str]) -> list[Group]:
     """What is to be compressed: the images that were reconstructed, at the bits of each point."""
     found: dict[tuple, Group] = {}
-    for name in names:
+    folder = Path(cfg.output_dir)
+    for name in names if "reconstruction" in cfg.tasks else ():
         report = read(folder / name / "reconstruction.json")
         if report and report["tokenizer"]["decodes_to"] != "embedding":
             key = report["tokenizer"]["input"], tuple(report["protocol"]["image_size"])

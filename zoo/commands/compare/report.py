@@ -65,7 +65,7 @@ def gathered(
         "absent": absent,
     }
     by_name = {entry["name"]: entry for entry in entries}
-    for group in groups(folder, names):
+    for group in groups(cfg, names):
         pixels = math.prod(group.size)
 
         def result(codec: str, bits: float, group=group, pixels=pixels) -> dict:
