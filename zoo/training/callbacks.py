@@ -23,10 +23,13 @@ class ValidationPictures(L.Callback):
         self.folder, self.num_images = Path(folder), num_images
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
+        if batch_idx or trainer.sanity_checking:
             return
         count = min(self.num_images, batch_size(batch))
-        grid = make_grid(module.pictures(batch, count), nrow=count)
+        pictures = module.pictures(batch, count)  # on every rank, since weights may be divided among them
+        if not trainer.is_global_zero:
+            return
+        grid = make_grid(pictures, nrow=count)
         with writing(self.folder / f"step-{trainer.global_step:07d}.png") as file:
             save_image(grid, file, "png")
 

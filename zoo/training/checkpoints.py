@@ -5,18 +5,17 @@ from __future__ import annotations
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from zoo.files import writing
+from zoo.training.sharding import ShardedStrategy
 
 
 class WholeCheckpoints(TorchCheckpointIO):
     """Writes checkpoints by `zoo.files.writing`: one that is there is whole, and the one before stays until then.
 
     Lightning's own goes through a temporary file in another folder, often of another disk, from where it is copied.
-    All checkpoints that are one file come through here: those of one device, of DDP, and of FSDP with
-    state_dict_type="full" (the default of trainer=fsdp), whose first rank writes the gathered state. With "sharded" a
-    checkpoint is a folder into which every rank writes its part over the earlier one: a run killed meanwhile leaves no
-    checkpoint there, so keep several (callbacks.checkpoint.save_top_k), and resume=true does not take folders.
+    Those of one device, of DDP and of sharded training all come through here.
     """
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
@@ -47,5 +46,7 @@ class ResumePoint(ModelCheckpoint):
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
 
     def on_exception(self, trainer, module, exception) -> None:
-        if self.between_steps and not trainer.validating:
+        # ranks that hold parts of the weights save together: after SIGTERM, which reaches all, and after nothing else
+        together = isinstance(exception, SIGTERMException) or not isinstance(trainer.strategy, ShardedStrategy)
+        if self.between_steps and together and not trainer.validating:
             super().on_exception(trainer, module, exception)

@@ -12,13 +12,14 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ParallelStrategy
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.registry import save_tokenizer
 from zoo.tokenizer import Tokenizer
 from zoo.training.schedules import constant
+from zoo.training.sharding import ShardedStrategy, split, total_norm
 
 Losses = Iterator[tuple[str, Tensor, dict[str, Tensor]]]
 
@@ -144,10 +145,8 @@ class TrainingModule(L.LightningModule):
         self._row = {}
         for i, (name, loss, logs) in enumerate(self.losses(batch)):
             optimizer = optimizers[name]
-            # With one optimizer all gradients are its own; `inputs` costs DDP a search for unused parameters.
-            inputs = {} if len(optimizers) == 1 else {"inputs": _parameters(optimizer)}
             with nullcontext() if completes else self._no_sync():
-                self.manual_backward(loss / self.accumulate, **inputs)
+                self._propagate(loss / self.accumulate, optimizer)
             if completes:
                 logs = logs | {f"lr/{name}": optimizer.param_groups[0]["lr"]}
                 norm = self._step(name, optimizer, counts=i == 0)
@@ -180,19 +179,32 @@ class TrainingModule(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         self._check_bad_steps()
 
+    def _propagate(self, loss: Tensor, optimizer) -> None:
+        """Add to the gradients of this optimizer's parameters alone."""
+        optimizers = _as_list(self.optimizers())
+        if len(optimizers) == 1:  # all gradients are its own; `inputs` costs DDP a search for unused parameters
+            self.manual_backward(loss)
+        elif not isinstance(self.trainer.strategy, ShardedStrategy):
+            self.manual_backward(loss, inputs=_parameters(optimizer))
+        else:  # what a loss depends on are not the divided parameters but the whole ones, made for the pass
+            others = [p for other in optimizers if other is not optimizer for p in _parameters(other)]
+            kept = [p.grad for p in others]
+            for parameter in others:
+                parameter.grad = None
+            self.manual_backward(loss)
+            for parameter, gradient in zip(others, kept, strict=True):
+                parameter.grad = gradient
+
     def _step(self, name: str, optimizer, counts: bool) -> Tensor:
         """Clip and step without reading anything back from the device; returns the gradient's norm before clipping."""
         raw = optimizer.optimizer
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             scaler.unscale_(raw)
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            norm = self.trainer.strategy.model.clip_grad_norm_(self.gradient_clip or float("inf"))
-        else:
-            parameters = self.clipped(name, _parameters(raw))
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            if self.gradient_clip:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
+        parameters = self.clipped(name, _parameters(raw))
+        norm = total_norm([p.grad for p in parameters if p.grad is not None])
+        for part in split(parameters) if self.gradient_clip else ():
+            torch.nn.utils.clip_grads_with_norm_(part, self.gradient_clip, norm)
         if scaler is None:
             bad = (~torch.isfinite(norm)).float()
             if getattr(raw, "_step_supports_amp_scaling", False):
@@ -250,11 +262,9 @@ class TrainingModule(L.LightningModule):
 def parameter_groups(module: nn.Module) -> list[dict]:
     """All parameters that require gradients: those of two axes and more decay as the optimizer says, others never."""
     parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2]},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    matrices, vectors = ([p for p in parameters if (p.ndim < 2) == few] for few in (False, True))
+    groups = [{"params": part} for part in split(matrices)]
+    return groups + [{"params": part, "weight_decay": 0.0} for part in split(vectors)]
 
 
 def batch_size(batch: dict) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from zoo.distributed import world_size
 from zoo.tokenizers.kl.tokenizer import KLTokenizer
 from zoo.training.autoencoder import AutoencoderTraining, Regularized
 
@@ -25,7 +26,11 @@ class KLTraining(AutoencoderTraining):
         self.kl_weight, self.measure_scale = kl_weight, measure_scale
 
     def regularized(self, values: Tensor) -> Regularized:
-        reconstruction, posterior = self.tokenizer(values)
+        posterior = self.tokenizer.posterior(values)
+        count, *shape = posterior.mean.shape
+        generator = self.shared_generator(values.device)  # an image's noise does not depend on the number of ranks
+        noise = torch.randn(count * world_size(), *shape, device=values.device, generator=generator)
+        reconstruction = self.tokenizer.decode_latents(posterior.sample(self.own_rows(noise)))
         divergence = posterior.kl().mean()
         loss = self.kl_weight * divergence / values[0].numel()
         return Regularized(reconstruction, loss, codes=None, logs={"kl": divergence})

@@ -168,12 +168,18 @@ class Condition(NamedTuple):
 class Block(nn.Module):
     """Pre-norm block whose two parts are scaled, shifted and gated by the condition (adaLN, arXiv 2212.09748)."""
 
+    RUNS = ("modulation_of",)  # beside forward; see zoo.training.sharding
+
     def __init__(self, width: int, num_heads: int, c: XARConfig):
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(width, weight=False), RMSNorm(width, weight=False)
         self.attn = Attention(width, num_heads, c.attention_dropout, c.dropout)
         self.mlp = GatedMlp(width, c.mlp_ratio, c.dropout)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def modulation_of(self, values: Tensor) -> Tensor:
+        """Conditions (..., D) to what forward modulates by, (..., 6 D)."""
+        return self.modulation(values)
 
     def forward(self, x: Tensor, modulation: Tensor, angles: Tensor, mask=None, remember=None) -> Tensor:
         """x (R, groups, tokens, D); modulation: (..., 6 D) that broadcasts over it; others: see Attention."""
@@ -283,7 +289,7 @@ class XARGenerator(nn.Module):
                 x = self.decoder_embed(self.encoder_norm(x)) + positions
                 angles = turns(*self.decoder_angles[:, span])
             remember = None if cache is None else functools.partial(cache, number)
-            made = block.modulation(condition.values) if condition.made is None else condition.made[number]
+            made = block.modulation_of(condition.values) if condition.made is None else condition.made[number]
             x = block(x, condition.spread(made), angles, mask, remember)
         return self.head(self.decoder_norm(x)).flatten(1, 2) if output else None
 
@@ -369,7 +375,7 @@ class XARGenerator(nn.Module):
         ids = time_ids(torch.tensor(times)).to(labels.device)
         values = self.condition(labels, ids[:, None])  # (times, labels, D)
         few = len(labels) <= FEW_LABELS
-        made = [block.modulation(values) for block in self.blocks] if few else None
+        made = [block.modulation_of(values) for block in self.blocks] if few else None
         place = {t: i for i, t in enumerate(times)}
 
         def at(t: float, rows: Tensor) -> Condition:
