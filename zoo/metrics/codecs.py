@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zoo.distributed import sum_over_ranks
 from zoo.errors import ZooError
-from zoo.metrics.storage import files
+from zoo.metrics.storage import from_files, to_files
 from zoo.metrics.thumbnail import thumbnail, thumbnail_shape
 
 NAMES = {"thumbnail": "thumbnail", "jpeg": "JPEG", "webp": "WebP"}
@@ -60,7 +60,7 @@ class Files:
 
     def __init__(self, form: str, shape: Sequence[int], batches: Sequence[Tensor], device: torch.device):
         self.form, self.batches, self.device = form, batches, device
-        self.try_out = cache(self._try_out)
+        self.bits, self.psnr = cache(self._bits), cache(self._psnr)
         shorter = min(shape[-2:])
         sides = {round(shorter * share / 2**k) for k in range(16) for share in (1, 0.75)}
         self.sides = sorted((side for side in sides if side > 0), reverse=True)
@@ -74,39 +74,50 @@ class Files:
         for side in self.sides:
             if (quality := self.quality(side, bits)) is None:
                 continue
-            found = self.try_out(side, quality)
-            if best and found[1] <= best[0][1]:
+            found = self.psnr(side, quality), side, quality
+            if best and found[0] <= best[0]:
                 break
-            best = found, side, quality
+            best = found
         if best is None:
-            least = min(self.try_out(side, QUALITIES[self.form][0])[0] for side in self.sides)
+            least = min(self.bits(side, QUALITIES[self.form][0]) for side in self.sides)
             raise TooFew(f"no {NAMES[self.form]} file is that small: headers included, the least is {least:,.0f} bits.")
-        (mean, _), side, quality = best
-        return Fit({"side": side, "quality": quality}, mean, lambda images: self.apply(images, side, quality)[0])
+        _, side, quality = best
+        settings = {"side": side, "quality": quality}
+        return Fit(
+            settings, self.bits(side, quality), lambda images: from_files(self.files(images, side, quality), images)
+        )
 
     def quality(self, side: int, bits: float) -> int | None:
         """The highest whose files take at most that many bits, by bisection, None where there is none."""
         low, high = QUALITIES[self.form][0], QUALITIES[self.form][-1]
-        if self.try_out(side, low)[0] > bits:
+        if self.bits(side, low) > bits:
             return None
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.try_out(side, middle)[0] <= bits else (low, middle - 1)
+            low, high = (middle, high) if self.bits(side, middle) <= bits else (low, middle - 1)
         return low
 
-    def apply(self, images: Tensor, side: int, quality: int) -> tuple[Tensor, list[int]]:
-        restored, sizes = files(images, self.form, side, quality=quality, **OPTIONS[self.form])
-        return restored.to(images.device), sizes
+    def files(self, images: Tensor, side: int, quality: int) -> list[bytes]:
+        return to_files(images, self.form, side, quality=quality, **OPTIONS[self.form])
 
-    def _try_out(self, side: int, quality: int) -> tuple[float, float]:
-        """Bits of an image and PSNR, means over the images of all ranks."""
-        total = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for images in self.batches:
-            restored, sizes = self.apply(images, side, quality)
-            errors = (restored - images / 255).square().flatten(1).mean(1).double().clamp(min=1e-10)
-            total += total.new_tensor([len(images), 8 * sum(sizes), -10 * errors.log10().sum().item()])
-        count, bits, psnr = sum_over_ranks(total)[0].tolist()
-        return bits / count, psnr / count
+    def _bits(self, side: int, quality: int) -> float:
+        """Of an image."""
+        return self._mean(lambda images: 8 * sum(map(len, self.files(images, side, quality))))
+
+    def _psnr(self, side: int, quality: int) -> float:
+        """Of an image, in dB."""
+
+        def total(images: Tensor) -> float:
+            errors = (from_files(self.files(images, side, quality), images) - images / 255).square().flatten(1).mean(1)
+            return -10 * errors.double().clamp(min=1e-10).log10().sum().item()
+
+        return self._mean(total)
+
+    def _mean(self, total: Callable[[Tensor], float]) -> float:
+        """Over the images of all ranks, from the total of each batch."""
+        own = [sum(map(total, self.batches)), sum(map(len, self.batches))]
+        value, count = sum_over_ranks(torch.tensor(own, dtype=torch.float64, device=self.device))[0].tolist()
+        return value / count
 
 
 def codec(
