@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zoo.data import Loader, scenes, shards
-from zoo.data.loader import _keep_memory
+from zoo.data.loader import _begin_worker
 
 FIELDS = {"jpg": "image", "rgb.webp": "image", "depth.png": "depth", "json": "caption"}
 
@@ -66,7 +66,7 @@ def decode_all(samples: list[dict[str, bytes]]) -> None:
 
 def decoder_process(samples: list[dict[str, bytes]], barrier) -> None:
     torch.set_num_threads(1)
-    _keep_memory(0)  # what the workers of the loader do
+    _begin_worker(0)  # what the workers of the loader do
     while True:
         barrier.wait()
         decode_all(samples)

@@ -16,6 +16,13 @@ def pytest_addoption(parser):
         metavar="DIR",
         help="run the reference tests over DIR/<system>/golden-*.json in addition to the repository's own",
     )
+    parser.addoption(
+        "--fuzz-examples",
+        metavar="N",
+        type=int,
+        default=10,
+        help="cases that each test of tests/fuzz tries (default: 10); the same N gives the same cases",
+    )
 
 
 @pytest.fixture

@@ -9,7 +9,9 @@ import sys
 import zoo.commands
 from zoo.errors import ZooError, nearest
 
-COMMANDS = sorted({m.name for m in pkgutil.iter_modules(zoo.commands.__path__)} - {"cli", "common", "understanding"})
+COMMANDS = sorted(
+    {m.name for m in pkgutil.iter_modules(zoo.commands.__path__)} - {"cli", "common", "progress", "understanding"}
+)
 USAGE = f"usage: zoo COMMAND ...\n\ncommands: {', '.join(COMMANDS)}; `zoo COMMAND --help` tells more."
 
 

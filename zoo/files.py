@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, one_line, shortened
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a system says when a file has no room: the disk, a quota, or a limit of the process."""
@@ -47,6 +47,18 @@ def writing(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(folder)  # the new name
         finally:
             os.close(folder)
+
+
+def expect_file(path: str | Path, what: str, advice: str = "check the path") -> Path:
+    """The path of a regular file, ~ expanded. Raises ZooError for nothing, a folder, a pipe, links in a circle."""
+    try:
+        found = Path(path).expanduser()
+        if found.is_file():
+            return found
+        reason = "is no regular file" if found.exists() else "does not exist"
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # links in a circle, ~nobody, no path, a null byte
+        reason = f"cannot be read ({getattr(error, 'strerror', None) or one_line(error)})"
+    raise ZooError(f"{what} {shortened(str(path), 200)} {reason}; {advice}.")
 
 
 def discard_parts(folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import importlib
 import importlib.util
-import json
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo import weights as files
-from zoo.errors import ZooError, nearest
+from zoo.errors import ZooError, nearest, one_line, shortened
 from zoo.tokenizer import Preset, Weights, config_fields, make_config
 
 
@@ -53,8 +52,9 @@ class Registry:
     def preset(self, name: str) -> Preset:
         """The preset of a name. Raises ZooError with the nearest names."""
         known = self.presets()
-        if name not in known:
-            raise ZooError(f"no {self.kind} is called '{name}'{nearest(str(name), known)}")
+        if not isinstance(name, str) or name not in known:
+            name = shortened(name).strip("'")
+            raise ZooError(f"no {self.kind} is called '{name}'{nearest(name, known)}")
         return known[name]
 
     def list(self, pattern: str = "*", pretrained: bool | None = None) -> list[str]:
@@ -67,8 +67,19 @@ class Registry:
 
     def create(self, name: str, **overrides) -> Any:
         """An untrained one with any field of its preset's configuration overridden, in training mode."""
+        return self._make(name, overrides)
+
+    def _make(self, name: str, overrides: Mapping[str, Any]) -> Any:
         chosen = self.preset(name)
-        made = chosen.tokenizer(make_config(chosen.config, overrides))
+        try:
+            made = chosen.tokenizer(make_config(chosen.config, overrides))
+        except ZooError:
+            raise
+        except Exception as error:
+            if not overrides:
+                raise
+            given = {key: value for key, value in overrides.items() if value != getattr(chosen.config, key)}
+            raise ZooError(f"{name} cannot be made with {shortened(given, 300)} ({one_line(error)}).") from error
         made.info = replace(made.info, name=name, licence=chosen.licence)
         return made
 
@@ -101,13 +112,14 @@ class Registry:
         state, metadata = files.read(path)
         published = None if "zoo" in metadata else self._published(name, state, overrides)
         if "zoo" in metadata:
-            stored, system = json.loads(metadata["zoo"]), chosen.tokenizer.__module__.split(".")[-2]
+            stored = files.description(metadata, path, "system", "config")
+            system = chosen.tokenizer.__module__.split(".")[-2]
             if stored["system"] != system:
                 raise ZooError(f"{path} holds the system '{stored['system']}', and {name} is of another.")
             overrides = stored["config"] | overrides
         elif hasattr(published, "fields_of"):  # the authors' files of this system differ in what is in them
             overrides = published.fields_of(state) | overrides
-        made = self.create(name, **overrides)
+        made = self._make(name, overrides)
         if published:
             state = published.from_published(state, made.config)
         if fresh:
@@ -118,7 +130,7 @@ class Registry:
     def _published(self, name: str, state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> ModuleType | None:
         """The names of the authors, where those in a file are not ours."""
         with torch.device("meta"):  # only to see our names
-            known = self.create(name, **overrides).state_dict().keys()
+            known = self._make(name, overrides).state_dict().keys()
         system = self.preset(name).tokenizer.__module__.rsplit(".", 1)[0]
         return None if state.keys() <= known else importlib.import_module(f"{system}.published")
 

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from zoo.errors import NotThere, ZooError, nearest
-from zoo.files import writing
+from zoo.errors import NotThere, ZooError, nearest, one_line, shortened
+from zoo.files import expect_file, writing
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,18 @@ class Tokens:
     grid: tuple[int, int] | None = None
 
     def __post_init__(self):
+        for kind, streams in (("ids", self.ids), ("latents", self.latents)):
+            if not isinstance(streams, Mapping):
+                raise ZooError(f"{kind} of Tokens are {{stream: tensor}}, got {type(streams).__name__}.")
         tensors = [*self.ids.items(), *self.latents.items()]
         if not tensors:
             raise ZooError("Tokens need at least one stream of ids or latents, got none.")
+        for name, tensor in [*tensors, *([] if self.mask is None else [("mask", self.mask)])]:
+            if not isinstance(tensor, Tensor) or not is_plain(tensor):
+                what = f"{tensor.layout} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ZooError(f"'{name}' of Tokens must be a dense tensor, got {what}.")
+            if tensor.numel() >= 2**31:  # also what a mask would take
+                raise ZooError(f"'{name}' of Tokens has 2^31 values or more, {tuple(tensor.shape)}; use less at once.")
         for name, ids in self.ids.items():
             if ids.dtype != torch.int64:
                 raise ZooError(f"ids of stream '{name}' must be int64, got {ids.dtype}; use ids.long().")
@@ -85,6 +94,8 @@ class Tokens:
                     f"latents of stream '{name}' must be float (B, N, D), got {latents.dtype} {tuple(latents.shape)}."
                 )
         first, tensor = tensors[0]
+        if tensor.ndim < 2:
+            raise ZooError(f"stream '{first}' must be (B, N, ...), got shape {tuple(tensor.shape)}.")
         if self.mask is None:
             mask = torch.ones(tensor.shape[:2], dtype=torch.bool, device=tensor.device)
             object.__setattr__(self, "mask", mask)
@@ -96,8 +107,11 @@ class Tokens:
                 )
         if self.mask.dtype != torch.bool or self.mask.ndim != 2:
             raise ZooError(f"mask must be bool (B, N), got {self.mask.dtype} {tuple(self.mask.shape)}.")
-        if self.grid is not None and math.prod(self.grid) != tensor.shape[1]:
-            raise ZooError(f"a grid of {self.grid} has {math.prod(self.grid)} places for {tensor.shape[1]} tokens.")
+        if self.grid is not None:
+            if not (isinstance(self.grid, (tuple, list)) and [type(n) for n in self.grid] == [int, int]):
+                raise ZooError(f"a grid is two integers (rows, columns), got {self.grid!r}.")
+            if min(self.grid) < 0 or math.prod(self.grid) != tensor.shape[1]:
+                raise ZooError(f"a grid of {self.grid} has {math.prod(self.grid)} places for {tensor.shape[1]} tokens.")
 
     def __len__(self) -> int:
         """B, the number of images."""
@@ -141,18 +155,20 @@ class Tokens:
     @staticmethod
     def load(path) -> Tokens:
         """Read what save wrote. Raises ZooError for any other file."""
+        path, streams = expect_file(path, "file of tokens"), {"ids": {}, "latents": {}}
         try:
             with safe_open(path, "pt") as file:
                 grid = json.loads(file.metadata()["tokens"])["grid"]
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            mask = tensors.pop("mask")
+            for name, tensor in tensors.items():
+                kind, stream = name.split("/", 1)
+                streams[kind][stream] = tensor
+            grid = tuple(grid) if grid else None
         except Exception as error:
-            raise ZooError(f"{path} is not a file written by Tokens.save ({type(error).__name__}: {error}).") from error
-        streams = {"ids": {}, "latents": {}}
-        mask = tensors.pop("mask")
-        for name, tensor in tensors.items():
-            kind, stream = name.split("/", 1)
-            streams[kind][stream] = tensor
-        return Tokens(**streams, mask=mask, grid=tuple(grid) if grid else None)
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise ZooError(f"{path} is not a file written by Tokens.save ({reason}).") from error
+        return Tokens(**streams, mask=mask, grid=grid)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Tokens:
         return Tokens(
@@ -200,6 +216,9 @@ class ImageReader(nn.Module):
     """Has name, channels, image_size and size_multiple, as TokenizerInfo."""
     image_dtype: torch.dtype | None = None
     """Of the images that it is given after their check; None: that of its weights."""
+    max_scale: float = 8.0
+    """The largest image that is taken has the area of a square of max_scale x image_size, so that a mistake does not
+    fill the memory; set it higher, on the object, for larger ones."""
 
     def __init__(self, config):
         super().__init__()
@@ -213,17 +232,30 @@ class ImageReader(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    @property
+    def max_pixels(self) -> int:
+        """Height x width of the largest image that is taken."""
+        return int((self.max_scale * self.info.image_size) ** 2)
+
     def check_images(self, images: Tensor) -> Tensor:
         """The images on the reader's device and in image_dtype; ZooError when they are not what it takes."""
         info = self.info
         want = f"{info.name} takes float images (B, {info.channels}, H, W) in [0, 1]"
         if not isinstance(images, Tensor):
             raise ZooError(f"{want}, got {type(images).__name__}; make a tensor of it first.")
-        if not images.is_floating_point():
+        if not is_plain(images):
+            raise ZooError(f"{want}, got a {images.layout} tensor on {images.device}; make it dense first.")
+        if not images.is_floating_point() or images.itemsize < 2:
             raise ZooError(f"{want}, got {images.dtype}; for bytes use images.float() / 255.")
         if images.ndim != 4 or images.shape[1] != info.channels or 0 in images.shape:
             raise ZooError(f"{want}, got shape {tuple(images.shape)}.")
-        self.check_size(*images.shape[-2:], want)
+        height, width = images.shape[-2:]
+        self.check_size(height, width, want)
+        if height * width > self.max_pixels:
+            most = f"of up to {self.max_pixels} pixels"
+            raise ZooError(f"{want} {most}, got {height} x {width}; resize, cut it up, or set max_scale.")
+        if images.numel() >= 2**31:  # which many kernels of torch cannot count
+            raise ZooError(f"{want}, fewer than 2^31 values in all, got shape {tuple(images.shape)}; split the batch.")
         low, high = (bound.item() for bound in torch.aminmax(images))
         if not (low >= 0 and high <= 1):  # false for NaN too
             raise ZooError(f"{want}, got values from {low:.4g} to {high:.4g}; rescale or clamp them.")
@@ -277,7 +309,7 @@ class ImageReader(nn.Module):
         """The texts; ZooError when they are no list of at least one."""
         listed = isinstance(texts, Sequence) and not isinstance(texts, str)
         if not (listed and texts and all(isinstance(text, str) for text in texts)):
-            raise ZooError(f"{self.info.name} takes a list of at least one text, got {texts!r}.")
+            raise ZooError(f"{self.info.name} takes a list of at least one text, got {shortened(texts)}.")
         return texts
 
     def extra_repr(self) -> str:
@@ -341,8 +373,17 @@ class Tokenizer(ImageReader):
         info = self.info
         if not isinstance(tokens, Tokens):
             raise ZooError(f"{info.name} decodes Tokens, got {type(tokens).__name__}; use Tokens(ids={{...}}).")
-        what = "ids" if info.kind == "discrete" else "latents"
+        what, other = ("ids", "latents") if info.kind == "discrete" else ("latents", "ids")
         given = getattr(tokens, what)
+        if getattr(tokens, other):
+            raise ZooError(f"{info.name} has {what} alone, got {other} of {sorted(getattr(tokens, other))}, too.")
+        if 0 in (shape := tuple(tokens.mask.shape)):
+            raise ZooError(f"{info.name} takes at least one token of one image, got (B, N) of {shape}.")
+        if shape[1] > (most := int(self.max_scale**2 * info.max_tokens)):
+            raise ZooError(f"{info.name} takes up to {most} tokens of an image, got {shape[1]}; or set max_scale.")
+        if not (info.variable_length or tokens.mask.all()):
+            dead = (~tokens.mask).sum().item()
+            raise ZooError(f"every token of {info.name} is live, got a mask without {dead} of {tokens.mask.numel()}.")
         for name in info.decoded or info.streams if streams is None else streams:
             if name not in given:
                 raise ZooError(f"{info.name} needs {what} of stream '{name}', got streams {sorted(given) or 'none'}.")
@@ -366,7 +407,14 @@ class Tokenizer(ImageReader):
                     f"latents of stream '{name}' of {info.name} are (B, N, {width}), "
                     f"got shape {tuple(tokens.latents[name].shape)}."
                 )
+            if not tokens.latents[name].isfinite().all():
+                raise ZooError(f"latents of stream '{name}' of {info.name} are numbers, got NaN or infinite ones.")
         return tokens.to(self.device)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has its values one by one: not sparse, nested, quantised, or without any (meta)."""
+    return tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
 
 
 def raster(count: int, grid: tuple[int, int] | None) -> tuple[int, int]:
@@ -403,10 +451,14 @@ def make_config(config, overrides: Mapping[str, Any]):
                 raise ZooError(f"{owner}.{name} is a {kind.__name__} here, got a {given}; choose a name made on that.")
             value = make_config(known[name], {key: one for key, one in value.items() if key != "class"})
         elif kind is tuple and isinstance(value, Sequence) and not isinstance(value, str):
-            value = tuple(value)
+            inner = {type(one) for one in known[name]}
+            value = tuple(float(one) if inner == {float} and type(one) is int else one for one in value)
+            if len(inner) == 1 and any(type(one) not in inner for one in value):
+                names = inner.pop().__name__
+                raise ZooError(f"{type(config).__name__}.{name} holds {names} alone, got {shortened(list(value))}.")
         elif kind is float and type(value) is int:
             value = float(value)
         if kind is not type(None) and type(value) is not kind:
-            raise ZooError(f"{type(config).__name__}.{name} must be of type {kind.__name__}, got {value!r}.")
+            raise ZooError(f"{type(config).__name__}.{name} must be of type {kind.__name__}, got {shortened(value)}.")
         values[name] = value
     return replace(config, **values)

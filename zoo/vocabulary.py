@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zoo.errors import ZooError, nearest
-from zoo.tokenizer import Tokens
+from zoo.errors import ZooError, expect_integer, nearest, one_line, shortened
+from zoo.tokenizer import Tokens, is_plain
+
+WORD = re.compile(r"[^{}]*(\{(:0?\d?d)?\})?[^{}]*")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,17 @@ class Stream:
     end: str | None = None
     marks_first: bool = True
 
+    def __post_init__(self):
+        if not (isinstance(self.name, str) and isinstance(self.word, str) and WORD.fullmatch(self.word)):
+            raise ZooError(
+                f"a stream has a name and the template of a word with {{}} at most once, such as <img_{{:05d}}>, got "
+                f"{shortened(self.name)} and {shortened(self.word)}."
+            )
+        for name in ("size", "levels"):
+            expect_integer(f"{name} of stream '{self.name}'", getattr(self, name), 1, 2**31)
+        if not all(mark is None or isinstance(mark, str) for mark in (self.begin, self.end)):
+            raise ZooError(f"begin and end of stream '{self.name}' are words, or None.")
+
     def words(self) -> list[str]:
         marks = [mark for mark in (self.begin, self.end) if mark]
         codes = [self.word.format(i) for i in range(self.size * self.levels)]
@@ -42,7 +55,7 @@ class Stream:
 
         Codes may also be a grid; their range is not checked.
         """
-        codes = torch.as_tensor(codes)
+        codes = integers(codes, -(2**63), 2**63 - 1, f"codes of stream '{self.name}'", self.levels)
         if self.levels > 1:
             codes = codes + self.size * torch.arange(self.levels, device=codes.device)
         words = (self.word.format(number) for number in codes.flatten().tolist())
@@ -55,9 +68,12 @@ class Stream:
         end, one of another length, a word beyond the codebook (or of another level) and anything else between begin and
         end: nothing is repaired silently.
         """
+        if not isinstance(text, str):
+            raise ZooError(f"expected a text with images of '{self.name}', got {type(text).__name__}.")
+        self.check_whole(length)
         place, count = 0, length * self.levels
         first, last = (self.word.format(number) for number in (0, self.size * self.levels - 1))
-        pattern = r"(\d+)".join(re.escape(part) for part in re.split(r"\{.*?\}", self.word))
+        pattern = r"(\d{1,18})".join(re.escape(part) for part in re.split(r"\{.*?\}", self.word))
         while (start := text.find(self.begin, place)) >= 0:
             place = text.find(self.end, start)
             if place < 0:
@@ -75,6 +91,13 @@ class Stream:
                 level = f" at level {wrong[0] % self.levels}" if self.levels > 1 else ""
                 raise ZooError(f"expected words {first} to {last}, got {self.word.format(numbers[wrong[0]])}{level}.")
             yield codes if self.levels > 1 else codes[:, 0]
+
+    def check_whole(self, length: int) -> None:
+        """Raise ZooError where images of so many positions cannot be told from what is around them."""
+        if not (self.begin and self.end and "{" in self.word):
+            raise ZooError(f"stream '{self.name}' lacks words around an image, or numbers in them; none can be found.")
+        if type(length) is not int or length < 1:
+            raise ZooError(f"an image has at least 1 token, got length {shortened(length)}.")
 
 
 class Vocabulary:
@@ -98,15 +121,16 @@ class Vocabulary:
 
     def id_of(self, word: str) -> int:
         """The id of an added word."""
-        if word not in self._ids:
+        if not isinstance(word, str) or word not in self._ids:
+            word = shortened(word).strip("'")
             close = nearest(word, self.words) if len(self.words) < 1000 else f"; words are such as {self.words[-1]}."
             raise ZooError(f"'{word}' is no added word of this vocabulary{close}")
         return self._ids[word]
 
     def word_of(self, index: int) -> str:
         """The added word of an id."""
-        if not self.text_size <= index < len(self):
-            raise ZooError(f"id {index} is no added word; those are {self.text_size}..{len(self) - 1}.")
+        if type(index) is not int or not self.text_size <= index < len(self):
+            raise ZooError(f"id {shortened(index)} is no added word; those are {self.text_size}..{len(self) - 1}.")
         return self.words[index - self.text_size]
 
     def code_ids(self, stream: str) -> range:
@@ -118,21 +142,16 @@ class Vocabulary:
     def to_ids(self, stream: str, codes: Tensor) -> Tensor:
         """Codes to ids of the same shape, int64: (...), or (..., levels) for a residual stream."""
         chosen, start = self._stream(stream), self.code_ids(stream).start
-        self._expect(codes, 0, chosen.size, f"codes of stream '{stream}'")
-        if chosen.levels == 1:
-            return codes.long() + start
-        if codes.shape[-1] != chosen.levels:
-            raise ZooError(f"codes of '{stream}' have {chosen.levels} levels last, got shape {tuple(codes.shape)}.")
-        return codes.long() + start + chosen.size * torch.arange(chosen.levels, device=codes.device)
+        codes = integers(codes, 0, chosen.size, f"codes of stream '{stream}'", chosen.levels) + start
+        return codes if chosen.levels == 1 else codes + chosen.size * torch.arange(chosen.levels, device=codes.device)
 
     def to_codes(self, stream: str, ids: Tensor) -> Tensor:
         """The inverse of to_ids. Raises ZooError when an id is not of this stream, or of another level."""
         chosen, found = self._stream(stream), self.code_ids(stream)
-        self._expect(ids, found.start, found.stop, f"ids of stream '{stream}'")
-        codes = ids - found.start
+        codes = integers(ids, found.start, found.stop, f"ids of stream '{stream}'", chosen.levels) - found.start
         if chosen.levels > 1:
-            codes = codes - chosen.size * torch.arange(chosen.levels, device=ids.device)
-            self._expect(codes, 0, chosen.size, f"codes of '{stream}', each id in the range of its level,")
+            codes = codes - chosen.size * torch.arange(chosen.levels, device=codes.device)
+            integers(codes, 0, chosen.size, f"codes of '{stream}', each id in the range of its level,")
         return codes
 
     def stream_of(self, ids: Tensor) -> Tensor:
@@ -152,9 +171,7 @@ class Vocabulary:
         parts = []
         for piece in pieces:
             if not isinstance(piece, Tokens):
-                text = torch.as_tensor(piece, dtype=torch.int64)
-                self._expect(text, 0, self.text_size, "ids of text")
-                parts.append(text)
+                parts.append(sequence(piece, self.text_size, "ids of text"))
                 continue
             if len(piece) != 1 or not piece.ids.keys() & self.streams.keys():
                 raise ZooError(
@@ -170,15 +187,14 @@ class Vocabulary:
                         live,
                         torch.tensor(marks[1], dtype=torch.int64),
                     ]
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else torch.tensor([], dtype=torch.int64)
 
     def split(self, ids: Tensor | Sequence[int]) -> list[tuple[str, Tensor]]:
         """A sequence (T,) to its pieces in order: ("text", ids (n,)) or (stream, codes (n,) or (n, levels)).
 
         Begin and end words are dropped. Raises ZooError for an id beyond the vocabulary or a cut-off position.
         """
-        ids = torch.as_tensor(ids, dtype=torch.int64)
-        self._expect(ids, 0, len(self), "ids of this vocabulary")
+        ids = sequence(ids, len(self), "ids of this vocabulary")
         owners = self.stream_of(ids)
         owners[(owners < 0) & (ids >= self.text_size)] = -2  # begin and end words
         changes = (owners.diff() != 0).nonzero().flatten() + 1
@@ -202,7 +218,8 @@ class Vocabulary:
         Unlike `split` this takes whole images alone: ZooError for one without an end, of another length, or with other
         ids between begin and end.
         """
-        chosen, ids = self._stream(stream), torch.as_tensor(ids, dtype=torch.int64).tolist()
+        chosen, ids = self._stream(stream), sequence(ids, 2**63 - 1, "ids").tolist()
+        chosen.check_whole(length)
         begin, end, count = self.id_of(chosen.begin), self.id_of(chosen.end), length * chosen.levels
         found, place = [], 0
         while begin in ids[place:]:
@@ -242,13 +259,39 @@ class Vocabulary:
                 layer.weight[self.text_size :].normal_(0, std)
 
     def _stream(self, name: str) -> Stream:
-        if name not in self.streams:
+        if not isinstance(name, str) or name not in self.streams:
+            name = shortened(name).strip("'")
             raise ZooError(f"the vocabulary has no stream '{name}'{nearest(name, self.streams)}")
         return self.streams[name]
 
-    @staticmethod
-    def _expect(values: Tensor, low: int, high: int, what: str) -> None:
-        if values.is_floating_point():
-            raise ZooError(f"{what} must be integers, got {values.dtype}.")
-        if values.numel() and not (low <= values.min() and values.max() < high):
-            raise ZooError(f"{what} must be in {low}..{high - 1}, got {values.min()} to {values.max()}.")
+
+def integers(values: Tensor | Sequence, low: int, high: int, what: str, levels: int = 1) -> Tensor:
+    """The values as int64, (...), or (..., levels).
+
+    Raises ZooError, a sentence that begins with `what`, where they are no integers from low to high - 1.
+    """
+    if not isinstance(values, Tensor):
+        try:
+            values = torch.as_tensor(values)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ZooError(f"{what} must be integers, got {shortened(values)} ({one_line(error)}).") from error
+        values = values if values.numel() else values.long()
+    if not is_plain(values):
+        raise ZooError(f"{what} must be a dense tensor, got one of {values.layout} on {values.device}.")
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise ZooError(f"{what} must be integers, got {values.dtype}.")
+    if values.numel() >= 2**31:
+        raise ZooError(f"{what} are fewer than 2^31 at once, got shape {tuple(values.shape)}.")
+    if levels > 1 and (not values.ndim or values.shape[-1] != levels):
+        raise ZooError(f"{what} have {levels} levels last, got shape {tuple(values.shape)}.")
+    if values.numel() and not (low <= values.min() and values.max() < high):
+        raise ZooError(f"{what} must be in {low}..{high - 1}, got {values.min()} to {values.max()}.")
+    return values.long()
+
+
+def sequence(values: Tensor | Sequence[int], high: int, what: str) -> Tensor:
+    """The values (T,) as int64. Raises ZooError as `integers` does, and for other shapes."""
+    values = integers(values, 0, high, what)
+    if values.ndim != 1:
+        raise ZooError(f"{what} are a sequence (T,), got shape {tuple(values.shape)}.")
+    return values

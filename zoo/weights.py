@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from zoo.errors import ZooError
-from zoo.files import writing
+from zoo.errors import ZooError, one_line, shortened
+from zoo.files import expect_file, writing
 from zoo.hub import pinned
-from zoo.tokenizer import Weights
+from zoo.tokenizer import Weights, is_plain
 
 NESTS = ("ema", "model_ema", "ema_state_dict", "state_dict", "model", "module", "weights", "params")
 """Keys under which training scripts put the weights, best first: an EMA copy is what papers report."""
@@ -49,40 +51,80 @@ def read(path: str | Path, part: str = "tokenizer") -> tuple[dict[str, Tensor], 
 
     Nested layouts are unwrapped (an EMA copy wins) and the prefixes of wrappers are taken off; of a checkpoint of a
     training of the zoo only that part is read. torch files are read with weights_only=True, so that nothing in them is
-    executed. Raises ZooError when there are no weights in it.
+    executed. Raises ZooError when there are no weights in it, or the file is damaged, as far as its format can tell.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ZooError(f"weights file {path} does not exist; give a path, 'hf://owner/name/file' or leave it out.")
+    path = expect_file(path, "weights file", "give a path, 'hf://owner/name/file' or leave it out")
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                return unwrap({name: file.get_tensor(name) for name in file.keys()}, path), metadata  # noqa: SIM118
-        except SafetensorError as error:
-            raise ZooError(f"{path} is not a complete safetensors file ({error}); copy it again.") from error
+                tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        except Exception as error:  # of safetensors, or of torch where a header asks for what it does not have
+            raise ZooError(f"{path} is not a complete safetensors file ({one_line(error)}); copy it again.") from error
+        return unwrap(tensors, path), metadata or {}
+    tensors, size = unwrap(read_torch(path), path, part), path.stat().st_size
+    for name, tensor in tensors.items():
+        if not is_plain(tensor) or tensor.nbytes > size:  # a view can be of any size
+            raise ZooError(
+                f"{path} holds {shortened(name)} of shape {tuple(tensor.shape)}, whose values are not all in its "
+                f"{size} bytes; save dense tensors."
+            )
+    return tensors, {}
+
+
+def read_torch(path: Path, mmap: bool = False) -> Any:
+    """What torch.save wrote, on the CPU, without executing anything in it; mmap: tensors are read when they are used.
+
+    Raises ZooError for a file that is not whole, holds other objects, or one that would take more memory than disk.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                parts, size = archive.infolist(), path.stat().st_size
+                if sum(part.file_size for part in parts) > size or any(part.compress_type for part in parts):
+                    raise ZooError(f"{path} is compressed, as torch writes no file; unpack and save it again.")
+                if damaged := archive.testzip():  # which torch does not look at
+                    raise ZooError(f"{path} is damaged: its part {damaged} is not what was written; copy it again.")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except ZooError:
+        raise
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
         raise ZooError(
             f"{path} holds Python objects beside its weights, or is no torch file, and is not opened, since that would "
-            f"execute code from it; save the bare state_dict with safetensors where you trust it. ({reason})"
+            f"execute code from it; save the bare state_dict with safetensors where you trust it. ({one_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ZooError(f"{path} is not a complete torch file ({error}); copy it again.") from error
-    return unwrap(content, path, part), {}
+    except Exception as error:  # there is no limit to what a damaged pickle raises in torch's unpickler
+        raise ZooError(f"{path} is not a complete torch file ({one_line(error)}); copy it again.") from error
+
+
+def description(metadata: Mapping[str, str], path: str | Path, *fields: str) -> dict[str, Any]:
+    """What `save` wrote beside the tensors. Raises ZooError where it is not there, or without one of the fields."""
+    try:
+        about = json.loads(metadata["zoo"])
+        missing = [name for name in fields if name not in about]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ZooError(
+            f"{path} does not say what it holds ({one_line(error)}), as zoo's files do; copy it again."
+        ) from error
+    if missing or not isinstance(about, dict) or not isinstance(about.get("config", {}), dict):
+        raise ZooError(f"{path} does not say what it holds: {', '.join(missing) or 'fields'} missing; copy it again.")
+    return about
 
 
 def unwrap(content, path: str | Path = "the file", part: str = "tokenizer") -> dict[str, Tensor]:
     """The tensors by name in a checkpoint of any usual layout."""
     of_training = isinstance(content, Mapping) and "pytorch-lightning_version" in content
-    while isinstance(content, Mapping):
+    for _ in range(2 * len(NESTS)):  # a file can hold itself
+        if not isinstance(content, Mapping):
+            break
         nest = next((key for key in NESTS if isinstance(content.get(key), Mapping) and content[key]), None)
         if nest is None:
             break
         content = content[nest]
-    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    tensors = (
+        {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+        if isinstance(content, Mapping)
+        else {}
+    )
     if of_training:  # beside the tokenizer there may be discriminators and running statistics
         tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")} or tensors
     if not tensors:
@@ -93,18 +135,35 @@ def unwrap(content, path: str | Path = "the file", part: str = "tokenizer") -> d
 
 
 def load(module: nn.Module, state: Mapping[str, Tensor], source: str | Path = "the file") -> None:
-    """Load every entry into the module, or none: ZooError lists what is missing, unexpected or of another shape."""
+    """Load every entry into the module, or none: ZooError lists what does not fit, by name, as `expect_fit` does."""
+    expect_fit(module, state, source)
+    module.load_state_dict(state)
+
+
+def expect_fit(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raise ZooError, with names, for what is missing, unexpected, of another shape or kind, or not finite."""
     own = module.state_dict()
-    shapes = {name: f"{tuple(state[name].shape)} instead of {tuple(own[name].shape)}" for name in own if name in state}
+    both = sorted(own.keys() & state.keys())
+    shapes = [n for n in both if state[n].shape != own[n].shape]
+    kinds = [n for n in both if kind_of(state[n]) != kind_of(own[n])]
     problems = {
         "missing": sorted(own.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - own.keys()),
-        "of another shape": [f"{n} {s}" for n, s in sorted(shapes.items()) if state[n].shape != own[n].shape],
+        "unexpected": sorted(map(str, state.keys() - own.keys())),
+        "of another shape": [f"{n} {tuple(state[n].shape)} instead of {tuple(own[n].shape)}" for n in shapes],
+        "of another kind": [f"{n} {state[n].dtype} instead of {own[n].dtype}" for n in kinds],
     }
+    if not any(problems.values()):  # also of numbers that are too large for the module's
+        problems["with NaN or infinite values"] = [n for n in both if not state[n].to(own[n].dtype).isfinite().all()]
     if any(problems.values()):
         parts = [f"{len(names)} {what} ({_first(names)})" for what, names in problems.items() if names]
         raise ZooError(f"{source} does not fit {type(module).__name__}: {'; '.join(parts)}; nothing was loaded.")
-    module.load_state_dict(state)
+
+
+def kind_of(tensor: Tensor) -> str:
+    """ "float", "complex", "bool" or "int"."""
+    if tensor.is_floating_point():
+        return "float"
+    return "complex" if tensor.is_complex() else "bool" if tensor.dtype == torch.bool else "int"
 
 
 def rename(state: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, Tensor]:
@@ -134,9 +193,14 @@ def locate(weights: str | Path | Weights, name: str = "this tokenizer") -> Path:
                 f"zoo.load_tokenizer('{name}', weights='path/to/the/file')."
             )
         weights, sha256 = weights.location, weights.sha256
-    path = _download(weights, name) if str(weights).startswith("hf:/") else Path(weights).expanduser()
-    if sha256 and path.is_file() and (found := sha256_of(path)) != sha256.lower():
-        raise ZooError(f"{path} is not the file registered for {name}: SHA-256 {found} instead of {sha256}.")
+    if str(weights).startswith("hf:/"):
+        path = _download(weights, name)
+    else:
+        path = expect_file(weights, "weights file", "give a path, 'hf://owner/name/file' or leave it out")
+    if sha256 and (found := sha256_of(path)) != sha256.lower():
+        raise ZooError(
+            f"{path} is not the file registered for {name}: SHA-256 {found} instead of {sha256}; copy it again."
+        )
     return path
 
 
@@ -168,7 +232,9 @@ def _on_hub(location: str | Path) -> tuple[str, str, dict]:
     """Repository, file and revision of "hf://owner/name@commit/file"."""
     parts = str(location).removeprefix("hf:/").lstrip("/").split("/")
     if len(parts) < 3:
-        raise ZooError(f"a hub location is 'hf://owner/name/file' or 'hf://owner/name@commit/file', got '{location}'.")
+        raise ZooError(
+            f"a hub location is 'hf://owner/name/file' or 'hf://owner/name@commit/file', got {shortened(location)}."
+        )
     repository, revision = pinned("/".join(parts[:2]))
     return repository, "/".join(parts[2:]), revision
 
@@ -180,11 +246,11 @@ def _download(location: str | Path, name: str) -> Path:
     repository, file, revision = _on_hub(location)
     try:
         return Path(hf_hub_download(repository, file, **revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise ZooError(
-            f"cannot download {location} for {name} ({type(error).__name__}: {reason}); download the file where there "
-            f"is a network and pass weights='path/to/{Path(file).name}'."
+            f"cannot download {shortened(str(location), 200)} for {name} ({reason}); download the "
+            f"file where there is a network and pass weights='path/to/{shortened(Path(file).name)[1:-1]}'."
         ) from error
 
 

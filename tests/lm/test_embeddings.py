@@ -206,7 +206,7 @@ def generate(model, **settings):
         (lambda: made(streams=["image"]), "leave streams out"),
         (lambda: generate(made()), "writes no images: it has no visual head"),
         (lambda: generate(made(embeddings=WRITES), text_scale=2.0), "guidance needs a word before an image"),
-        (lambda: generate(made(embeddings=WRITES), top_k=0), "top_k must be at least 1"),
+        (lambda: generate(made(embeddings=WRITES), top_k=0), "top_k must be an integer of at least 1"),
         (lambda: generate(make(), top_k=3), "do_sample, top_p and top_k are for the ids"),
         (lambda: made()(CAPTIONS, pictures(4), ALWAYS, NEVER), "images are not written: it has no visual head"),
         (lambda: made(embeddings=WRITES)(CAPTIONS, pictures(4), ALWAYS, ALWAYS), "needs a word to begin with"),

@@ -55,7 +55,7 @@ def load(folder):
 
 def test_two_ranks_train_as_one(trained):
     folder, (one, two) = trained
-    for name in ("gradient_norm/tokenizer", "gradient_norm/discriminator", "adversarial_weight", "usage_pixel"):
+    for name in ("gradient_norm/tokenizer", "gradient_norm/discriminator", "adversarial_weight", "codebook_use/pixel"):
         assert two[f"train/{name}"] == pytest.approx(one[f"train/{name}"], rel=1e-3), name
         assert two[f"train/{name}"][0] == pytest.approx(one[f"train/{name}"][0], rel=1e-5), name
     assert {"val/features_cosine", "val/pooled_cosine", "val/psnr"} <= two.keys()
@@ -173,7 +173,7 @@ def test_one_codebook_trains_by_the_same_recipe(stage, batch):
     ((_, loss, logs),) = made.losses(batch)
     loss.backward()
     assert made.tokenizer.info.levels == {"image": 8}
-    assert {"quantizer_image", "usage_image", "pixels", "pooled_cosine"} <= logs.keys()
+    assert {"quantizer_image", "pixels", "pooled_cosine"} <= logs.keys()
     trained = [name for name, p in made.tokenizer.named_parameters() if p.grad is not None]
     assert {name.split(".")[0] for name in trained} >= {"prequant_semantic", "postquant_pixel", "decoder"}
 

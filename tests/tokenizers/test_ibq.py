@@ -228,7 +228,7 @@ def test_what_does_not_fit_is_said_in_one_sentence(overrides, complaint):
 def test_two_ranks_train_as_one(tmp_path, train_on):
     options = [EXACT, *SMALL, *SGD, *GAN]
     one, two = (train_on(n, tmp_path / str(n), "ibq-tiny", *options) for n in (1, 2))
-    names = "gradient_norm/tokenizer", "gradient_norm/discriminator", "average_entropy", "perplexity"
+    names = "gradient_norm/tokenizer", "gradient_norm/discriminator", "average_entropy", "perplexity/image"
     for name in names:
         assert two[f"train/{name}"] == pytest.approx(one[f"train/{name}"], rel=1e-3), name
     first, second = (zoo.load_tokenizer("ibq-tiny", tmp_path / n / "tokenizer.safetensors") for n in ("1", "2"))

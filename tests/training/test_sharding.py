@@ -10,7 +10,7 @@ import zoo
 from zoo.training.sharding import blocks
 
 SHARDED = "trainer.strategy={_target_:zoo.training.sharding.ShardedStrategy,find_unused_parameters:true}"
-SMALL = ["tokenizer.channels=8", "tokenizer.norm_groups=4", "tokenizer.codebook_size=64", "data.num_workers=0"]
+SMALL = ["tokenizer.channels=8", "tokenizer.norm_groups=4", "data.num_workers=0"]
 DISCRIMINATOR = [
     *("module.adversarial_weight=0.1", "module.discriminator_width=8"),
     "+module.optimizers.discriminator=${optimizer}",
@@ -19,7 +19,7 @@ SGD = ["optimizer._target_=torch.optim.SGD", "~optimizer.betas", "optimizer.fuse
 
 
 def load(folder):
-    return zoo.load_tokenizer("vqgan-tiny", weights=folder / "tokenizer.safetensors").state_dict()
+    return zoo.load_tokenizer("kl-tiny", weights=folder / "tokenizer.safetensors").state_dict()
 
 
 def logged(folder, name):
@@ -33,10 +33,10 @@ def folder(tmp_path_factory, train_on):
     two ranks that one rank goes on from."""
     folder = tmp_path_factory.mktemp("sharding")
     options = [*SMALL, *DISCRIMINATOR, *SGD, "schedule.warmup_steps=0"]
-    train_on(1, folder / "one", "vqgan-tiny", *options)
-    train_on(2, folder / "two", "vqgan-tiny", *options, SHARDED)
-    train_on(2, folder / "half", "vqgan-tiny", *options, SHARDED, "trainer.max_steps=2")
-    train_on(1, folder / "half", "vqgan-tiny", *options, "resume=true")
+    train_on(1, folder / "one", "kl-tiny", *options)
+    train_on(2, folder / "two", "kl-tiny", *options, SHARDED)
+    train_on(2, folder / "half", "kl-tiny", *options, SHARDED, "trainer.max_steps=2")
+    train_on(1, folder / "half", "kl-tiny", *options, "resume=true")
     return folder
 
 
@@ -47,13 +47,13 @@ def test_divided_weights_train_as_whole_ones(folder):
         assert two == pytest.approx(one, rel=1e-4)
     expected = load(folder / "one")
     for name, tensor in load(folder / "two").items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_a_checkpoint_of_divided_weights_goes_on_on_one_rank(folder):
     expected = load(folder / "one")
     for name, tensor in load(folder / "half").items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_blocks_are_what_stands_in_lists_and_shares_no_weights():

@@ -20,11 +20,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from zoo.commands.common import started_by
 from zoo.distributed import leave
-from zoo.errors import ZooError, nearest
+from zoo.errors import ZooError, expect_integer, nearest, one_line, shortened
 from zoo.registry import KINDS, Registry, resource, tokenizers
 from zoo.tokenizer import config_fields
 
+KINDS_OF_FIELDS = {bool: "true or false", int: "an integer", str: "a text", DictConfig: "fields", ListConfig: "a list"}
 MISTAKES = (HydraException, OmegaConfBaseException, ZooError, MisconfigurationException)
 
 
@@ -37,13 +39,18 @@ def run(command: str, task: Callable[[DictConfig], object], argv: list[str] | No
     store_presets()
     overrides = sys.argv[1:] if argv is None else argv
     original, show = sys.argv, bool(os.environ.get("HYDRA_FULL_ERROR"))
-    mistakes = []
+    mistakes, began = [], []
 
     def job(cfg: DictConfig) -> None:
+        began.append(cfg)
         sys.argv = original  # Lightning starts the other ranks with it
+        by_time = "${now:" in OmegaConf.to_container(cfg)["output_dir"]
         cfg.output_dir = HydraConfig.get().runtime.output_dir
         try:
-            check(cfg)
+            launcher, started = started_by()
+            if by_time and started > 1:
+                raise ZooError(f"{launcher} started {started} processes, which share a folder; say output_dir=DIR.")
+            check(cfg, command)
             task(cfg)
         except MISTAKES as error:  # the other jobs of a multirun go on
             if show:
@@ -58,6 +65,13 @@ def run(command: str, task: Callable[[DictConfig], object], argv: list[str] | No
         if show:
             raise
         mistakes.append(error)
+    except Exception as error:
+        if began or show:
+            raise
+        # hydra's own, of a line that it cannot compose, or of an output_dir that it cannot make
+        mistakes.append(
+            ZooError(f"the command line is not possible ({one_line(error)}); HYDRA_FULL_ERROR=1 tells more.")
+        )
     finally:
         leave()
         sys.argv = original
@@ -74,15 +88,18 @@ def compose(command: str, overrides: list[str] | None = None) -> DictConfig:
     store_presets()
     with hydra.initialize_config_dir(str(resource("conf")), version_base="1.3"):
         cfg = hydra.compose(command, overrides or [])
-    check(cfg)
+    check(cfg, command)
     return cfg
 
 
 def store_presets() -> None:
     """Make every preset an option of the group of its kind (`tokenizer`, ...), so that its sizes stand in one place."""
+    store = ConfigStore.instance()
     for registry in KINDS:
+        stored = store.repo.get(registry.kind, {})
         for name in registry.presets():
-            ConfigStore.instance().store(group=registry.kind, name=name, node=preset_node(name, registry))
+            if f"{name}.yaml" not in stored:
+                store.store(group=registry.kind, name=name, node=preset_node(name, registry))
 
 
 def preset_node(name: str, registry: Registry = tokenizers) -> dict:
@@ -98,10 +115,28 @@ def changed_fields(node: DictConfig, registry: Registry = tokenizers) -> dict:
     return {name: value for name, value in fields.items() if value != known.get(name)}
 
 
-def check(cfg: DictConfig) -> None:
-    """Raise ZooError where a value does not have the type that its callable's signature states."""
+def check(cfg: DictConfig, command: str) -> None:
+    """Raise ZooError where a value does not have the type that its callable's signature states, or that of its default
+    in conf/COMMAND.yaml."""
+    plain = OmegaConf.to_container(OmegaConf.load(resource("conf") / f"{command}.yaml"))
+    for name in plain.keys() - {
+        "defaults",
+        "hydra",
+        "devices",
+        "resume",
+    }:  # of several kinds, checked where they are used
+        default, node = plain[name], cfg._get_node(name) if name in cfg else None
+        kind = DictConfig if isinstance(default, dict) else ListConfig if isinstance(default, list) else type(default)
+        value = node if kind in (DictConfig, ListConfig) else cfg.get(name)
+        if default is not None and (type(value) is not kind or (node is not None and node._is_none())):
+            raise ZooError(f"{name} must be {KINDS_OF_FIELDS[kind]}, such as {default!r}, got {shortened(value)}.")
     for key, node in _targets(cfg):
-        target = hydra.utils.get_object(node["_target_"])
+        try:
+            target = hydra.utils.get_object(node["_target_"])
+        except Exception as error:  # of the import of whatever stands there
+            raise ZooError(
+                f"{key}._target_ must name a class or function, got {shortened(node['_target_'])}."
+            ) from error
         function = target.__init__ if isinstance(target, type) else target
         try:
             hints = typing.get_type_hints(function)
@@ -110,9 +145,7 @@ def check(cfg: DictConfig) -> None:
         for name, hint in hints.items():
             if name in node and not OmegaConf.is_interpolation(node, name) and not OmegaConf.is_missing(node, name):
                 _expect(f"{key}.{name}", node[name], hint)
-    for name, hint in (("seed", int), ("resume", bool), ("batch_size", int)):
-        if name in cfg:
-            _expect(name, cfg[name], hint)
+    expect_integer("seed", cfg.seed, 0, 2**32 - 1)
 
 
 def explain(error: Exception, command: str, overrides: list[str]) -> str:
@@ -128,7 +161,10 @@ def explain(error: Exception, command: str, overrides: list[str]) -> str:
         if match:
             key = match[1].split("@")[0]
             rest = [o for o in overrides if o.lstrip("+~").split("=")[0] != key]
-            known = _keys(compose(command, rest))
+            try:
+                known = _keys(compose(command, rest))
+            except (*MISTAKES, ValueError):  # there is more than one
+                return _line(error)
             close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
             close = close or [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]][:12]
             return f"the configuration has no '{key}'; did you mean {' or '.join(close)}?"

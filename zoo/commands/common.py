@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.strategies import ParallelStrategy
 from omegaconf import DictConfig
 from rich.table import Table
 
-from zoo.data import Loader
-from zoo.errors import ZooError
+from zoo.errors import ZooError, one_line, shortened
 from zoo.files import write_json
 from zoo.metrics.base import Row
 from zoo.weights import sha256_of
@@ -29,13 +32,46 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def start(cfg: DictConfig) -> Fabric:
-    """Lightning Fabric on cfg.device, cfg.devices and cfg.strategy, launched. Raises ZooError where they do not fit."""
+    """Lightning Fabric on cfg.device, cfg.devices, cfg.num_nodes and cfg.strategy, launched.
+
+    Raises ZooError where they do not fit each other, or what torchrun or srun has started.
+    """
     try:
-        fabric = Fabric(accelerator=cfg.device, devices=cfg.devices, strategy=cfg.strategy)
-    except (ValueError, TypeError) as error:
-        raise ZooError(f"device={cfg.device} devices={cfg.devices} strategy={cfg.strategy}: {error}") from error
+        fabric = Fabric(accelerator=cfg.device, devices=cfg.devices, num_nodes=cfg.num_nodes, strategy=cfg.strategy)
+    except Exception as error:  # of Lightning and torch, for what they do not know
+        asked = " ".join(f"{name}={cfg[name]}" for name in ("device", "devices", "num_nodes", "strategy"))
+        raise ZooError(f"{asked} are not possible here ({one_line(error)}).") from error
+    strategy = fabric.strategy
+    expect_started(len(strategy.parallel_devices) if isinstance(strategy, ParallelStrategy) else 1, cfg.num_nodes)
     fabric.launch()
     return fabric
+
+
+def expect_started(devices: int, num_nodes: int) -> None:
+    """Raise ZooError where torchrun or srun has started another number of processes than `devices` on each node."""
+    launcher, started = started_by()
+    if launcher and started != devices * num_nodes:
+        raise ZooError(
+            f"{launcher} started {started} process{'es' * (started > 1)}, which devices={devices} on each of "
+            f"num_nodes={num_nodes} are not; say how many it started (zoo train: trainer.devices, trainer.num_nodes)."
+        )
+
+
+def started_by() -> tuple[str | None, int]:
+    """Who has started this process, if not a person or Lightning, and how many like it."""
+    if TorchElasticEnvironment.detect():  # first, as it may have been started by srun
+        return "torchrun", int(os.environ["WORLD_SIZE"])
+    if SLURMEnvironment.detect():
+        tasks = int(os.environ["SLURM_NTASKS"])
+        if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
+            raise ZooError(f"SLURM started {tasks} tasks with --ntasks; say --ntasks-per-node instead.")
+        return "SLURM", tasks
+    return None, 1
+
+
+def seed_of(seed: int, number: int) -> int:
+    """For random numbers that are a function of a seed and the number of what they are for."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def claim(fabric: Fabric, folder: Path, protocol: dict) -> None:
@@ -50,7 +86,14 @@ def claim(fabric: Fabric, folder: Path, protocol: dict) -> None:
     begun = json.loads(path.read_text())
     if begun != json.loads(json.dumps(protocol)):
         differ = ", ".join(sorted(k for k in begun.keys() | protocol.keys() if begun.get(k) != protocol.get(k)))
-        raise ZooError(f"{folder} was begun with another {differ}; choose another output_dir (see protocol.json).")
+        raise ZooError(
+            f"{folder} was begun with another {differ}; choose another output_dir, or delete it (see protocol.json)."
+        )
+
+
+def decisive(source: dict) -> dict:
+    """Of the data of a run what can change numbers, for a protocol."""
+    return {name: value for name, value in source.items() if name != "num_workers"}
 
 
 def preparation(source: dict) -> dict:
@@ -82,19 +125,6 @@ def about_the_run(fabric: Fabric) -> dict:
     }
 
 
-def limited(loader: Loader, limit: int) -> Iterator[dict]:
-    """This rank's part of the first `limit` images of all ranks."""
-    share = loader.dataset
-    if share.total is None:
-        raise ZooError("limit needs data whose number of images is known: a folder, or shards that are local files.")
-    left = min(share.end, limit) - share.begin
-    for batch in loader if left > 0 else ():
-        yield {name: values[:left] for name, values in batch.items()}
-        left -= len(batch["key"])
-        if left <= 0:
-            break
-
-
 def table(title: str, entries: list[dict], rows: Mapping[str, Row]) -> Table:
     """One line for each measure, one column for each row of the report; the best of a line is bold."""
     table = Table(title=title)
@@ -120,10 +150,5 @@ def label(name: str, settings: dict) -> str:
 
 
 def expect_one_of(cfg: DictConfig, name: str, known: Iterable) -> None:
-    if cfg[name] not in known:
-        raise ZooError(f"{name} must be one of {', '.join(map(str, known))}, got {cfg[name]!r}.")
-
-
-def expect_integer(cfg: DictConfig, name: str, least: int) -> None:
-    if type(cfg[name]) is not int or cfg[name] < least:
-        raise ZooError(f"{name} must be an integer of at least {least}, got {cfg[name]!r}.")
+    if cfg[name] not in tuple(known):
+        raise ZooError(f"{name} must be one of {', '.join(map(str, known))}, got {shortened(cfg[name])}.")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +15,9 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning.fabric import Fabric
+from lightning.fabric.utilities import move_data_to_device
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torchmetrics import Metric
@@ -28,17 +29,17 @@ from zoo.commands.common import (
     about_file,
     about_rows,
     about_the_run,
-    expect_integer,
+    decisive,
     expect_one_of,
     label,
-    limited,
     preparation,
     start,
     table,
 )
+from zoo.commands.progress import SharedBatches
 from zoo.commands.understanding import TASKS, understanding
 from zoo.distributed import all_or_none
-from zoo.errors import ZooError, nearest
+from zoo.errors import ZooError, expect_integer, nearest
 from zoo.files import write_json
 from zoo.metrics.base import Row
 from zoo.metrics.cost import Cost, reset_peak, timed
@@ -97,12 +98,21 @@ class Entry:
         for metric in self.metrics:
             metric.update(reconstructions, stored if isinstance(metric, FrechetDistance) else images, keys)
 
-    def report(self) -> dict:
-        """Its numbers over all ranks; None for one that cannot be given, with the reason under "missing"."""
+    @property
+    def state(self) -> list[dict]:
+        """Of each metric, what it has found so far."""
+        return [move_data_to_device(metric.metric_state, "cpu") for metric in (*self.metrics, *self.statistics)]
+
+    def report(self, states: list[list[dict]]) -> dict:
+        """Its numbers over all `states`; None for one that cannot be given, with the reason under "missing"."""
         values: dict[str, float | None] = dict.fromkeys(self.missing)
-        for metric in (*self.metrics, *self.statistics):
+        for i, metric in enumerate((*self.metrics, *self.statistics)):
+            metric.reset()
+            for state in states:
+                metric.merge_state(move_data_to_device(state[i], metric.device))
             try:
-                values |= {name: float(value) for name, value in metric.compute().items()}
+                found = type(metric).compute(metric)  # that of the instance would ask the other ranks
+                values |= {name: float(value) for name, value in found.items()}
             except ZooError as error:
                 values |= {row.name: None for row in metric.rows}
                 self.missing |= {row.name: str(error) for row in metric.rows}
@@ -128,7 +138,8 @@ def reconstruction(cfg: DictConfig) -> dict:
     What is scored is the reconstruction against exactly the crop that went into the tokenizer. With stored_as it is
     what a file in that format gives back of the reconstruction, and a Frechet distance then compares the crops with it
     in the same format, as two folders of files do. Every rank takes its share of the images and returns the same
-    report; the first writes metrics.json and reconstructions.png and prints the table.
+    report; the first writes metrics.json and reconstructions.png and prints the table. What a killed run has measured
+    is in output_dir/progress, and is not measured again.
     Raises ZooError for what is wrong in the configuration.
     """
     if cfg.get("encoder"):
@@ -139,9 +150,10 @@ def reconstruction(cfg: DictConfig) -> dict:
     tokenizer = load_tokenizer(cfg.tokenizer.name, weights=cfg.weights, **cli.changed_fields(cfg.tokenizer))
     subject = prepared(cfg, tokenizer)
     fabric = start(cfg)
-    report, rows, shown = measured(cfg, fabric, subject)
+    report, shown = measured(cfg, fabric, subject)
     if fabric.is_global_zero:
-        write(report, rows, shown, cfg)
+        write(report, {row.name: row for entry in subject.entries for row in entry.rows}, shown, cfg)
+        shutil.rmtree(progress_of(cfg))
     return report
 
 
@@ -152,13 +164,17 @@ class Subject(NamedTuple):
     metrics: dict
     pairs: list[tuple[Entry, Entry | None]]
 
+    @property
+    def entries(self) -> list[Entry]:
+        return [entry for pair in self.pairs for entry in pair if entry]
+
 
 class Shown(NamedTuple):
-    """The first batch: its images and their names, and for each setting the tokens and reconstructions by label."""
+    """The first images and their names, and what came of them under each setting."""
 
     images: Tensor
     keys: list[str]
-    results: list[tuple[Tokens, dict[str, Tensor]]]
+    results: list[Result]
 
 
 def prepared(cfg: DictConfig, tokenizer: Tokenizer) -> Subject:
@@ -175,71 +191,95 @@ def prepared(cfg: DictConfig, tokenizer: Tokenizer) -> Subject:
     return Subject(tokenizer, metrics, pairs)
 
 
-def measured(cfg: DictConfig, fabric: Fabric, subject: Subject) -> tuple[dict, dict[str, Row], Shown | None]:
-    """The report over all ranks, the rows of its tables, and this rank's first batch, None where it has no image.
+def measured(cfg: DictConfig, fabric: Fabric, subject: Subject) -> tuple[dict, Shown | None]:
+    """The report over all ranks, and on the first one cfg.pictures images; None on the others.
 
-    Raises ZooError, on every rank, where there is no image to score.
+    What was measured so far stays in `progress_of` cfg, to be removed when the report is safe. Raises ZooError, on
+    every rank, where there is no image to score.
     """
-    tokenizer, info = subject.tokenizer, subject.tokenizer.info
-    entries = [entry for pair in subject.pairs for entry in pair if entry]
-    torch.manual_seed(cfg.seed)
+    tokenizer, entries, info = subject.tokenizer, subject.entries, subject.tokenizer.info
     tokenizer.to(fabric.device, DTYPES[cfg.dtype])
     for entry in entries:
         entry.to(fabric.device)
-    source, batches = images_of(cfg, fabric, info.input)
-    shown = None
+    source = OmegaConf.to_container(cfg.data, resolve=True) | {"fields": [info.input]}
+    data = instantiate(source)
+    about = protocol(cfg, source, subject)
+    found = [[type(metric).__name__ for metric in entry.metrics] for entry in entries]  # what has its weights
+    batches = SharedBatches(
+        fabric, progress_of(cfg), about | {"measured": found}, data.evaluated, data.options, cfg,
+        lambda: [entry.state for entry in entries],
+    )  # fmt: skip
+    warm = False
     reset_peak(fabric.device)
     with all_or_none():
-        for batch in track(batches, info.name, disable=not fabric.is_global_zero, transient=True):
+        for _, batch in batches:
             images, keys = batch[info.input].to(fabric.device), batch["key"]
-            if shown is None:  # no first call is timed
+            if not warm:  # no first call is timed
                 for entry, _ in subject.pairs:
                     through(tokenizer, images, entry.settings)
-            results = [step(tokenizer, images, keys, *pair, cfg.stored_as) for pair in subject.pairs]
-            shown = shown or Shown(images, keys, results)
+                warm = True
+            for entry, baseline in subject.pairs:
+                score(tokenizer, images, keys, entry, baseline, cfg.stored_as)
 
-    reports = [entry.report() for entry in entries]
-    count = int(reports[0]["metrics"]["images"])
-    if not count:
+    states, report, shown = batches.found(), None, None
+    if states:
+        rows = [entry.report([state[i] for state in states]) for i, entry in enumerate(entries)]
+        if count := int(rows[0]["metrics"]["images"]):
+            first = batches.first()
+            images = first[info.input].to(fabric.device)
+            report = {
+                "protocol": about | {"images": count, "image_size": list(images.shape[-2:])},
+                "run": about_the_run(fabric),
+                "measures": about_rows(row for entry in entries for row in entry.rows),
+                "rows": rows,
+            }
+            images = images[: cfg.pictures or 0]
+            pairs = subject.pairs if len(images) else ()
+            results = [reconstruct(tokenizer, images, *pair, cfg.stored_as) for pair in pairs]
+            shown = Shown(images, first["key"][: len(images)], results)
+    report = fabric.broadcast(report)
+    if report is None:
         raise ZooError(f"no image to score came from data={source}.")
-    rows = {row.name: row for entry in entries for row in entry.rows}
-    about = protocol(cfg, source, subject) | {"images": count}
-    if fabric.is_global_zero:
-        about["image_size"] = list(shown.images.shape[-2:])
-    report = {
-        "protocol": about,
-        "run": about_the_run(fabric),
-        "measures": about_rows(rows.values()),
-        "rows": reports,
-    }
-    return report, rows, shown
+    return report, shown
 
 
-def images_of(cfg: DictConfig, fabric: Fabric, field: str) -> tuple[dict, Iterable[dict]]:
-    """The data of cfg as its protocol has it, and this rank's batches of that field, up to cfg.limit images of all."""
-    source = OmegaConf.to_container(cfg.data, resolve=True) | {"fields": [field]}
-    data = instantiate(source)
-    data.trainer = fabric  # it asks for the rank and the number of ranks
-    batches = data.test_dataloader()
-    return source, batches if cfg.limit is None else limited(batches, cfg.limit)
+def progress_of(cfg: DictConfig) -> Path:
+    return Path(cfg.output_dir) / "progress"
 
 
-def step(tokenizer, images: Tensor, keys: list[str], entry: Entry, baseline: Entry | None, stored_as: str | None):
-    """Measure one batch under one setting. Returns its tokens, and reconstructions by label."""
+def score(tokenizer, images: Tensor, keys: list[str], entry: Entry, baseline: Entry | None, stored_as: str | None):
+    """Measure one batch under one setting."""
+    result = reconstruct(tokenizer, images, entry, baseline, stored_as)
+    entry.statistics[0].update(result.tokens)
+    entry.statistics[1].update(len(images), result.encode_seconds, result.decode_seconds)
+    if baseline:
+        baseline.statistics[0].update(result.used)
+    stored = FORMATS[stored_as](images) if stored_as else images
+    for one, output in result.outputs.items():
+        one.score(output, images, stored, keys)
+
+
+class Result(NamedTuple):
+    """Of one batch under one setting."""
+
+    tokens: Tokens
+    outputs: dict[Entry, Tensor]
+    used: Tensor | None
+    """(B,) numbers that the thumbnails of the baseline hold."""
+    encode_seconds: float
+    decode_seconds: float
+
+
+def reconstruct(
+    tokenizer: Tokenizer, images: Tensor, entry: Entry, baseline: Entry | None, stored_as: str | None
+) -> Result:
     tokens, output, encode_seconds, decode_seconds = through(tokenizer, images, entry.settings)
-    entry.statistics[0].update(tokens)
-    entry.statistics[1].update(len(images), encode_seconds, decode_seconds)
-    outputs = {} if output is None else {entry: output.float()}
+    outputs, used = {} if output is None else {entry: output.float()}, None
     if baseline:
         outputs[baseline], used = thumbnail(images, numbers(tokens))
-        baseline.statistics[0].update(used)
-    stored = images
     if stored_as:
         outputs = {one: FORMATS[stored_as](output) for one, output in outputs.items()}
-        stored = FORMATS[stored_as](images)
-    for one, output in outputs.items():
-        one.score(output, images, stored, keys)
-    return tokens, {label(one.name, one.settings): output for one, output in outputs.items()}
+    return Result(tokens, outputs, used, encode_seconds, decode_seconds)
 
 
 def through(tokenizer: Tokenizer, images: Tensor, settings: dict) -> tuple[Tokens, Tensor | None, float, float]:
@@ -260,7 +300,8 @@ def check(cfg: DictConfig) -> None:
         raise ZooError(f"baseline must be true or false, got {cfg.baseline!r}.")
     for name, least in (("limit", 1), ("pictures", 0)):
         if cfg[name] is not None:
-            expect_integer(cfg, name, least)
+            expect_integer(name, cfg[name], least)
+    expect_integer("save_every", cfg.save_every, 0)
 
 
 def chosen_metrics(node: DictConfig, kind: str) -> dict:
@@ -288,7 +329,7 @@ def protocol(cfg: DictConfig, source: dict, subject: Subject) -> dict:
         "overrides": cli.changed_fields(cfg.tokenizer),
         "weights": about_file(weights_path(cfg.tokenizer.name, cfg.weights)),
         "encode": OmegaConf.to_container(cfg.encode, resolve=True),
-        "data": source,
+        "data": decisive(source),
         "split": "train" if source.get("val") is None else "val",
         **preparation(source),
         "scored": "the crop that went into the tokenizer against its reconstruction, clamped to [0, 1]",
@@ -302,20 +343,20 @@ def protocol(cfg: DictConfig, source: dict, subject: Subject) -> dict:
 
 
 def write(report: dict, rows: dict[str, Row], shown: Shown, cfg: DictConfig) -> None:
-    """metrics.json, a picture for each setting and one of all of them, and the tables on the terminal."""
+    """metrics.json, a picture of images for each setting and one of all settings, and the tables on the terminal."""
     folder = Path(cfg.output_dir)
     write_json(folder / "metrics.json", report, allow_nan=False)
-    for i, (tokens, outputs) in enumerate(shown.results, 1):
-        if outputs and cfg.pictures:
+    for i, result in enumerate(shown.results, 1):
+        if result.outputs:
             path = folder / ("reconstructions.png" if len(shown.results) == 1 else f"reconstructions-{i}.png")
-            outputs = {name: output[: cfg.pictures] for name, output in outputs.items()}
-            draw_reconstructions(path, shown.images[: cfg.pictures], outputs, tokens[: cfg.pictures])
+            outputs = {label(entry.name, entry.settings): output for entry, output in result.outputs.items()}
+            draw_reconstructions(path, shown.images, outputs, result.tokens)
     console = Console(highlight=False)
     about, (height, width) = report["protocol"], report["protocol"]["image_size"]
     title = f"{about['tokenizer']}: {about['images']} images of {height} x {width} pixels"
     for i in range(0, len(report["rows"]), COLUMNS):
         console.print(table(title, report["rows"][i : i + COLUMNS], rows))
-    if len(shown.results) > 1:
+    if sum(entry["name"] == about["tokenizer"] for entry in report["rows"]) > 1:
         console.print(sweep_table(report["rows"], rows))
         if "psnr" in rows:
             draw_sweep(folder / "rate-distortion.png", report["rows"], rows)

@@ -17,8 +17,8 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from zoo.commands import cli
-from zoo.commands.common import DTYPES, about_file, about_the_run, claim, expect_integer, expect_one_of, start
-from zoo.errors import ZooError, nearest
+from zoo.commands.common import DTYPES, about_file, about_the_run, claim, expect_one_of, seed_of, start
+from zoo.errors import ZooError, expect_integer, nearest
 from zoo.files import write_json, writing
 from zoo.metrics.generated import frechet_distance, inception_score, read_reference
 from zoo.registry import generators, load_generator, load_tokenizer, tokenizers
@@ -38,7 +38,7 @@ def generate(cfg: DictConfig) -> dict:
     """
     expect_one_of(cfg, "dtype", DTYPES)
     for name, least in (("num_images", 1), ("batch_size", 1), ("seed", 0)):
-        expect_integer(cfg, name, least)
+        expect_integer(name, cfg[name], least)
     generator = load_generator(cfg.generator.name, cfg.weights, **cli.changed_fields(cfg.generator, generators))
     tokenizer = load_tokenizer(generator.config.tokenizer, cfg.tokenizer_weights)
     check_space(generator, tokenizer)
@@ -55,8 +55,9 @@ def generate(cfg: DictConfig) -> dict:
     generator.to(fabric.device, DTYPES[cfg.dtype])
     tokenizer.to(fabric.device, DTYPES[cfg.dtype])
 
-    missing = [i for i in range(cfg.num_images) if not path_of(folder, i).is_file()]
-    fabric.barrier()  # no rank writes before all have seen what is missing
+    there = {path.name for path in (folder / "images").iterdir()} if fabric.is_global_zero else None
+    there = fabric.broadcast(there)  # as what the others see of a shared file system may be older
+    missing = [i for i in range(cfg.num_images) if path_of(folder, i).name not in there]
     mine = torch.tensor(missing[fabric.global_rank :: fabric.world_size], dtype=torch.int64)
     name = generator.info.name
     batches = mine.split(cfg.batch_size) if len(mine) else ()
@@ -96,8 +97,7 @@ def class_numbers(classes, known: tuple[str, ...]) -> list[int]:
 
 def image_generator(seed: int, number: int) -> torch.Generator:
     """Random numbers of one image, drawn on the CPU whatever the device."""
-    state = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> 1))
+    return torch.Generator().manual_seed(seed_of(seed, number))
 
 
 def to_bytes(images: Tensor) -> np.ndarray:

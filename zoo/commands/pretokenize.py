@@ -16,9 +16,10 @@ from rich.progress import Progress
 from torch import Tensor
 
 from zoo.commands import cli
-from zoo.commands.common import DTYPES, about_file, about_the_run, claim, expect_integer, expect_one_of, start
+from zoo.commands.common import DTYPES, about_file, about_the_run, claim, expect_one_of, start
 from zoo.data import Loader
-from zoo.errors import ZooError
+from zoo.distributed import on_first_rank
+from zoo.errors import ZooError, expect_integer
 from zoo.files import write_json, writing
 from zoo.registry import load_tokenizer, tokenizers
 from zoo.tokenizer import Tokenizer
@@ -37,7 +38,7 @@ def pretokenize(cfg: DictConfig) -> dict:
     expect_one_of(cfg, "dtype", DTYPES)
     expect_one_of(cfg, "split", ("train", "val"))
     expect_one_of(cfg, "array_dtype", ("float16", "float32"))
-    expect_integer(cfg, "num_shards", 1)
+    expect_integer("num_shards", cfg.num_shards, 1)
     tokenizer = load_tokenizer(cfg.tokenizer.name, weights=cfg.weights, **cli.changed_fields(cfg.tokenizer))
     data = instantiate(OmegaConf.to_container(cfg.data, resolve=True))
     source = data.train if cfg.split == "train" else data.val
@@ -48,22 +49,26 @@ def pretokenize(cfg: DictConfig) -> dict:
     about = protocol(cfg)
     claim(fabric, folder, about)
     paths = [folder / f"{number:05d}.tar" for number in range(cfg.num_shards)]
-    mine = [n for n in range(fabric.global_rank, cfg.num_shards, fabric.world_size) if not paths[n].is_file()]
+    mine = paths[fabric.global_rank :: fabric.world_size]
     with Progress(transient=True, disable=not fabric.is_global_zero) as progress:
-        for number in progress.track(mine, description=tokenizer.info.name):
-            loader = Loader(source, **data.options, rank=number, world_size=cfg.num_shards)  # as if a shard were a rank
-            write_shard(paths[number], loader, tokenizer, cfg)
-    fabric.barrier()
-    manifest = {"protocol": about, "run": about_the_run(fabric), "shards": {}}
-    if fabric.is_global_zero:
-        for path in paths:
-            with tarfile.open(path) as tar:
-                count = sum(member.name.endswith(".json") for member in tar)
-            manifest["shards"][path.name] = {"samples": count, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in progress.track([path for path in mine if not path.is_file()], description=tokenizer.info.name):
+            number = paths.index(path)  # of a shard, which has what a rank of so many would read
+            loader = Loader(source, **data.options, rank=number, world_size=cfg.num_shards)
+            write_shard(path, loader, tokenizer, cfg)
+    shards = on_first_rank([(path.name, about_shard(path)) for path in mine])
+    manifest = None
+    if shards is not None:
+        manifest = {"protocol": about, "run": about_the_run(fabric), "shards": dict(sorted(shards))}
         manifest["samples"] = sum(shard["samples"] for shard in manifest["shards"].values())
         write_json(folder / "manifest.json", manifest)
         print(f"{manifest['samples']} samples in {len(paths)} shards; they and manifest.json are in {folder}")
     return fabric.broadcast(manifest)
+
+
+def about_shard(path: Path) -> dict:
+    with tarfile.open(path) as tar:
+        count = sum(member.name.endswith(".json") for member in tar)
+    return {"samples": count, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def write_shard(path: Path, loader: Loader, tokenizer: Tokenizer, cfg: DictConfig) -> None:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import pickle
 import signal
 import sys
 import warnings
 from pathlib import Path
 
 import lightning as L
-import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 import zoo
 from zoo.commands import cli
-from zoo.errors import ZooError
+from zoo.commands.common import expect_started
+from zoo.errors import ZooError, one_line
 from zoo.files import discard_parts, writing
 from zoo.registry import resource
 from zoo.training.callbacks import ResumingCSVLogger
+from zoo.weights import expect_fit, read_torch
 
 HARMLESS = (
     "Detected call of `lr_scheduler.step\\(\\)` before",  # of an optimizer that has no step on every batch
@@ -36,7 +37,8 @@ def train(cfg: DictConfig) -> L.Trainer:
         raise ZooError(f"say what to train with experiment=NAME; there are: {', '.join(names)}.")
     output = Path(cfg.output_dir)
     resume_from = resume_point(output, cfg.resume)
-    step, row = progress(resume_from) if resume_from else (0, {})
+    saved = progress(resume_from) if resume_from else {"global_step": 0, "train_row": {}}
+    step, row = saved["global_step"], saved["train_row"]
 
     for message in HARMLESS:
         warnings.filterwarnings("ignore", f".*{message}")
@@ -55,10 +57,13 @@ def train(cfg: DictConfig) -> L.Trainer:
         changed = cli.changed_fields(cfg.tokenizer)
         tokenizer = zoo.load_tokenizer(tokenizer.info.name, cfg.weights, fresh=cfg.fresh, **changed).train()
     module = instantiate(cfg.module, tokenizer=tokenizer)
+    if resume_from:
+        expect_fit(module, saved["state_dict"], resume_from)
     data = instantiate(cfg.data)
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
     loggers = [instantiate(logger) for logger in cfg.logger.values() if logger]
-    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, **precision(cfg.trainer))
+    expect_started(trainer.num_devices, trainer.num_nodes)
 
     if trainer.is_global_zero:
         discard_parts(output)
@@ -71,8 +76,17 @@ def train(cfg: DictConfig) -> L.Trainer:
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
     except SIGTERMException:  # whose exit code would say that all went well
-        print(f"ended by SIGTERM after {trainer.global_step} steps; resume=true goes on", file=sys.stderr)
+        if trainer.is_global_zero:
+            print(f"ended by a signal after {trainer.global_step} steps; resume=true goes on", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
+    except ZooError:
+        raise
+    except Exception as error:
+        if trainer.global_step > step:
+            raise
+        # what libraries find wrong in a configuration when they use it
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ZooError(f"the training made no step ({reason}); HYDRA_FULL_ERROR=1 shows where it stopped.") from error
     if resume_from and trainer.global_step == step:  # killed behind its last step: Lightning then ends nothing
         for callback in callbacks:
             if isinstance(callback, WeightAveraging):
@@ -83,9 +97,24 @@ def train(cfg: DictConfig) -> L.Trainer:
     return trainer
 
 
-def resume_point(output: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from. Raises ZooError when an earlier run would be overwritten, or has no checkpoint."""
+def precision(cfg: DictConfig) -> dict:
+    """Settings of the trainer for float16 on the CPU, which torch has and for which Lightning would take bfloat16."""
+    if cfg.accelerator != "cpu" or str(cfg.precision) not in ("16", "16-mixed"):
+        return {}
+    plugins = [instantiate(plugin) for plugin in cfg.plugins]
+    return {"precision": None, "plugins": [*plugins, MixedPrecision("16-mixed", "cpu")]}
+
+
+def resume_point(output: Path, resume: bool | str) -> Path | None:
+    """The checkpoint to go on from; None: begin. resume: True, False, or "auto", which goes on if there is one.
+
+    Raises ZooError when an earlier run would be overwritten, or has no checkpoint.
+    """
+    if resume not in (True, False, "auto"):
+        raise ZooError(f"resume must be true, false or auto, got {resume!r}.")
     last = output / "checkpoints" / "last.ckpt"
+    if resume == "auto":
+        return last if last.is_file() else None
     if resume:
         if not last.is_file():
             raise ZooError(f"resume=true needs {last}, which does not exist; check output_dir or leave resume out.")
@@ -95,16 +124,22 @@ def resume_point(output: Path, resume: bool) -> Path | None:
     return None
 
 
-def progress(checkpoint: Path) -> tuple[int, dict[str, float]]:
-    """The step of a checkpoint, and what was logged at it. Raises ZooError when the file is not whole."""
+SAVED = {"global_step": int, "train_row": dict, "state_dict": dict}
+"""What is read of a checkpoint before Lightning goes on from it."""
+
+
+def progress(checkpoint: Path) -> dict:
+    """Of a checkpoint its step, what was logged at it, and its weights. Raises ZooError when the file is not whole."""
     try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        return content["global_step"], content["train_row"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).split("\n")[0]
+        content = read_torch(checkpoint, mmap=True)
+        wrong = [name for name, kind in SAVED.items() if not isinstance(content[name], kind)]
+        if wrong:
+            raise ZooError(f"wrong {' and '.join(wrong)}")
+        return {name: content[name] for name in SAVED}
+    except (ZooError, KeyError, TypeError) as error:
         raise ZooError(
-            f"{checkpoint} is not a whole checkpoint of zoo train ({reason}), and a training leaves no other; copy it "
-            "again, or put best.ckpt of the same folder in its place."
+            f"{checkpoint} is not a whole checkpoint of zoo train ({one_line(error)}), and a training leaves no other; "
+            "copy it again, or put best.ckpt of the same folder in its place."
         ) from error
 
 

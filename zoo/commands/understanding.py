@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,13 +24,14 @@ from zoo.commands.common import (
     about_file,
     about_rows,
     about_the_run,
+    decisive,
     expect_one_of,
-    limited,
     preparation,
     start,
     table,
 )
-from zoo.data import Loader, ZooDataModule, joined
+from zoo.commands.progress import SharedBatches
+from zoo.data import ZooDataModule, joined
 from zoo.data.questions import Labels, Question
 from zoo.distributed import all_or_none, on_first_rank
 from zoo.errors import ZooError
@@ -52,7 +55,8 @@ def understanding(cfg: DictConfig) -> dict:
     """What the images of cfg.data show, as cfg.labels knows it, from the embeddings or features of one reader.
 
     Every rank reads its share of the images. The first one scores all of them in the order of the data, writes
-    metrics.json and, for task=zeroshot, retrieval.png, and prints the table; every rank returns the same report.
+    metrics.json and, for task=zeroshot, retrieval.png, and prints the table; every rank returns the same report. What
+    a killed run has read is in output_dir/progress, and is not read again.
     Raises ZooError for what is wrong in the configuration.
     """
     check(cfg)
@@ -62,37 +66,42 @@ def understanding(cfg: DictConfig) -> dict:
     report, rows = understood(cfg, start(cfg), registry, reader, labels)
     if rows:
         write(report, rows, Path(cfg.output_dir))
+        shutil.rmtree(Path(cfg.output_dir) / "progress")
     return report
 
 
 def understood(
     cfg: DictConfig, fabric: Fabric, registry: Registry, reader: ImageReader, labels: Labels
 ) -> tuple[dict, list[Row] | None]:
-    """The report, on every rank, and the rows of its table, None but on the first rank."""
+    """The report, on every rank, and the rows of its table, None but on the first rank.
+
+    What was read so far stays in output_dir/progress, to be removed when the report is safe.
+    """
     fields = [reader.info.input, *(field for question in labels.questions for field in question.fields)]
     fields = list(dict.fromkeys([*fields, "caption"] if labels.captions else fields))
     source = OmegaConf.to_container(cfg.data, resolve=True) | {"fields": fields}
     data = instantiate(source)
     reader.to(fabric.device, DTYPES[cfg.dtype])
 
-    found = TASKS[cfg.task](cfg, fabric, reader, labels, data)
+    node = cfg[registry.kind]
+    about = {
+        "task": cfg.task,
+        registry.kind: node.name,
+        "overrides": cli.changed_fields(node, registry),
+        "weights": about_file(registry.weights_path(node.name, cfg.weights)),
+        "data": decisive(source),
+        "labels": OmegaConf.to_container(cfg.labels, resolve=True),
+        **preparation(source),
+        "limit": cfg.limit,
+        "dtype": cfg.dtype,
+    }
+    read = partial(read_part, cfg, fabric, about, data.options)
+    found = TASKS[cfg.task](cfg, fabric, reader, labels, data, read)
     report, rows = None, None
-    if fabric.is_global_zero:
-        node = cfg[registry.kind]
-        protocol = {
-            "task": cfg.task,
-            registry.kind: node.name,
-            "overrides": cli.changed_fields(node, registry),
-            "weights": about_file(registry.weights_path(node.name, cfg.weights)),
-            "data": source,
-            "labels": OmegaConf.to_container(cfg.labels, resolve=True),
-            **preparation(source),
-            "limit": cfg.limit,
-            "dtype": cfg.dtype,
-        }
-        about, rows, entries = found
+    if found:
+        about_task, rows, entries = found
         report = {
-            "protocol": protocol | about,
+            "protocol": about | about_task,
             "run": about_the_run(fabric),
             "measures": about_rows(rows),
             "rows": [entry(name, metrics) for name, metrics in entries.items()],
@@ -125,34 +134,39 @@ def asked(labels: Labels, task: str) -> Labels:
     return Labels(questions, labels.captions)
 
 
-def read(cfg: DictConfig, fabric: Fabric, data: ZooDataModule, source, look: Callable[[dict], dict]) -> dict | None:
-    """What `look` makes of the batches of a source, over all ranks as one batch; None but on the first rank."""
-    loader = Loader(source, **data.options, rank=fabric.global_rank, world_size=fabric.world_size)
-    batches = loader if cfg.limit is None else limited(loader, cfg.limit)
-    silent = not fabric.is_global_zero
+def read_part(
+    cfg: DictConfig, fabric: Fabric, about: dict, options: dict, part: str, source, look: Callable[[dict], dict]
+) -> tuple[dict | None, SharedBatches]:
+    """What `look` makes of the batches of a source, over all ranks as one batch, on the first rank; and the batches.
+
+    Raises ZooError, on every rank, where there is no image.
+    """
+    seen = {}
+    batches = SharedBatches(
+        fabric, Path(cfg.output_dir) / "progress" / part, about, source, options, cfg, state=lambda: seen
+    )
     with all_or_none():
-        parts = [look(batch) for batch in track(batches, "images", disable=silent, transient=True)]
-    found = on_first_rank(parts)
-    if found == []:
+        for number, batch in batches:
+            seen[number] = look(batch)
+    states = batches.found()
+    found = states and {number: one for state in states for number, one in state.items()}
+    if not fabric.broadcast(bool(found)):
         raise ZooError(f"no image came from {source}.")
-    return found and joined(found)
+    return found and joined([one for _, one in sorted(found.items())]), batches
 
 
-def zeroshot(cfg: DictConfig, fabric: Fabric, reader: ImageReader, labels: Labels, data: ZooDataModule):
+def zeroshot(cfg: DictConfig, fabric: Fabric, reader: ImageReader, labels: Labels, data: ZooDataModule, read: Callable):
     """Retrieval among all images and their captions, and classes by the nearest of their texts."""
     embedded = {q.name: embed_texts(reader, q.texts, cfg.batch_size, fabric) for q in labels.questions}
-    shown = None
 
     def look(batch: dict) -> dict:
-        nonlocal shown
         images = batch[reader.info.input]
-        shown = images[: cfg.pictures or 0] if shown is None else shown
         found = {"image": reader.encode_image(images).float().cpu()} | answers(batch, labels.questions)
         if labels.captions:
             found |= {"caption": batch["caption"], "text": reader.encode_text(batch["caption"]).float().cpu()}
         return found
 
-    seen = read(cfg, fabric, data, data.train if data.val is None else data.val, look)
+    seen, batches = read("val", data.evaluated, look)
     if seen is None:
         return None
     own, chance, rows, ranking = {}, {}, [], None
@@ -171,7 +185,8 @@ def zeroshot(cfg: DictConfig, fabric: Fabric, reader: ImageReader, labels: Label
             rows.append(row)
             own[row.name], chance[row.name] = recall_at(scores, relevant, k), chance_at(relevant, k)
         ranking = ranking or (scores, relevant, [texts[0] for texts in question.texts])
-    if shown is not None and len(shown):
+    if cfg.pictures:
+        shown = batches.first()[reader.info.input][: cfg.pictures]
         Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
         draw_ranking(Path(cfg.output_dir) / "retrieval.png", shown, *ranking, SHOWN)
     about = {"images": len(seen["image"]), "split": "train" if data.val is None else "val"}
@@ -180,7 +195,7 @@ def zeroshot(cfg: DictConfig, fabric: Fabric, reader: ImageReader, labels: Label
     return about, rows, {name: {key: float(value) for key, value in one.items()} for name, one in entries.items()}
 
 
-def linear(cfg: DictConfig, fabric: Fabric, reader: ImageReader, labels: Labels, data: ZooDataModule):
+def linear(cfg: DictConfig, fabric: Fabric, reader: ImageReader, labels: Labels, data: ZooDataModule, read: Callable):
     """One linear map, fitted on the features of the training split, and judged on the validation split."""
     if data.train is None or data.val is None:
         raise ZooError(
@@ -196,7 +211,7 @@ def linear(cfg: DictConfig, fabric: Fabric, reader: ImageReader, labels: Labels,
         images = batch[reader.info.input]
         return {name: view(images).cpu() for name, view in views.items()} | answers(batch, labels.questions)
 
-    train, val = (read(cfg, fabric, data, source, look) for source in (data.train, data.val))
+    (train, _), (val, _) = (read(part, source, look) for part, source in (("train", data.train), ("val", data.val)))
     if train is None:
         return None
     learned, expected = ({q.name: part[q.name] for q in labels.questions} for part in (train, val))

@@ -54,11 +54,15 @@ class ZooDataModule(LightningDataModule):
     def val_dataloader(self) -> Loader | list:
         return [] if self.val is None else self._loader(self.val)
 
-    def test_dataloader(self) -> Loader:
-        """What evaluation scores: the validation part or, where there is none, the training part, in fixed order."""
+    @property
+    def evaluated(self):
+        """What evaluation scores: the source of the validation part or, where there is none, of the training part."""
         if self.val is None and self.train is None:
             raise ZooError("there is nothing to evaluate on: give data.val")
-        return self._loader(self.train if self.val is None else self.val)
+        return self.train if self.val is None else self.val
+
+    def test_dataloader(self) -> Loader:
+        return self._loader(self.evaluated)
 
     def state_dict(self) -> dict:
         return self._state or (self._training.state_dict() if self._training else {})

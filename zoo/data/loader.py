@@ -13,6 +13,7 @@ import itertools
 import logging
 import math
 import random
+import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from weakref import WeakValueDictionary
@@ -48,7 +49,7 @@ class Loader(DataLoader):
     epoch. Every iteration gives `len(loader)` batches from the position on, which `state_dict` holds; it is the same on
     all ranks, and valid for another number of workers or, with the same global batch, of ranks. Evaluation: a fixed
     order, every sample once over all ranks, the last batch as small as need be, the length unknown where that of the
-    source is.
+    source is; `choose` takes some of the batches.
 
     A bad sample is left out or, in training, replaced by a copy of the next good one. The bad ones are logged by name
     at the end of an epoch; ZooError when they are more than `max_bad_share` of it, or will be by all appearances.
@@ -56,6 +57,7 @@ class Loader(DataLoader):
     batch_size: of this rank.
     shuffle_buffer: samples among which the order is random, after whole shards and files have been put in random order.
     samples_per_epoch: over all ranks, in training; None is one pass over all sources.
+    limit: evaluation is over so many samples at the most, counted over all ranks.
     max_pixels: a picture of more is a bad sample, see Decoder.
     timeout, retries: for sources that do not answer, see `zoo.data.sources.Patience`.
     """
@@ -74,6 +76,7 @@ class Loader(DataLoader):
         seed: int = 0,
         shuffle_buffer: int = 10_000,
         samples_per_epoch: int | None = None,
+        limit: int | None = None,
         max_bad_share: float = 0.01,
         crop: str = "center",
         crop_scale: Sequence[float] = (0.8, 1.0),
@@ -92,6 +95,7 @@ class Loader(DataLoader):
             ("seed", seed, 0),
             ("shuffle_buffer", shuffle_buffer, 0),
             ("samples_per_epoch", samples_per_epoch or 1, 1),
+            ("limit", 1 if limit is None else limit, 1),
             ("max_pixels", max_pixels, 1),
             ("retries", retries, 0),
         ):
@@ -114,7 +118,7 @@ class Loader(DataLoader):
                 resolve(sources), decoder, batch_size, place, patience, seed, shuffle_buffer, samples_per_epoch
             )
         else:
-            batches = EvaluationBatches(resolve(sources), decoder, batch_size, place, patience)
+            batches = EvaluationBatches(resolve(sources), decoder, batch_size, place, patience, limit)
         super().__init__(
             batches,
             batch_size=None,
@@ -123,13 +127,13 @@ class Loader(DataLoader):
             prefetch_factor=AHEAD if num_workers else None,
             persistent_workers=num_workers > 0,
             collate_fn=_as_it_is,
-            worker_init_fn=_keep_memory,
+            worker_init_fn=_begin_worker,
         )
         self.training, self.max_bad_share, self.position = training, max_bad_share, 0
         self.rooms, self.guests = [], WeakValueDictionary()
 
     def __iter__(self) -> Iterator[dict]:
-        batches, steps, seen, bad, ended = self.dataset, self.dataset.steps, 0, [], set()
+        batches, steps, seen, bad, ended = self.dataset, self.sampler.steps, 0, [], set()
         self.position = self.sampler.start = self.position if self.training else 0
         for number, batch in enumerate(super().__iter__()):
             if batch is None:
@@ -185,6 +189,10 @@ class Loader(DataLoader):
         if bad and final:
             names = "".join(f"\n  {name}: {reason}" for name, reason in bad[:10]) + "\n  ..." * (len(bad) > 10)
             log.warning("%d of %d samples could not be used:%s", len(bad), seen, names)
+
+    def choose(self, numbers: Sequence[int]) -> None:
+        """Evaluation: give these batches only, of the `len(loader)` that there are; not for streams."""
+        self.sampler.choose(numbers)
 
     def state_dict(self) -> dict[str, int]:
         epoch, batch = divmod(self.position, self.dataset.steps)
@@ -255,15 +263,23 @@ class EvaluationBatches(Batches):
     """Of `total` samples over all ranks (None if unknown) this rank has those from `begin` to `end`."""
 
     def __init__(
-        self, sources: list, decoder: Decoder, batch_size: int, place: tuple[int, int, int], patience: Patience
+        self,
+        sources: list,
+        decoder: Decoder,
+        batch_size: int,
+        place: tuple[int, int, int],
+        patience: Patience,
+        limit: int | None,
     ):
         super().__init__(sources, decoder, batch_size, place, patience)
         if all(isinstance(source, Indexed) for source in sources):
             self.orders = [Order(source.sizes, (), 1, shuffled=False) for source in sources]
             self.ends = np.cumsum([order.count for order in self.orders])
-            self.total = int(self.ends[-1])
+            self.total = int(self.ends[-1]) if limit is None else min(limit, int(self.ends[-1]))
             self.begin, self.end = (self.total * r // self.world_size for r in (self.rank, self.rank + 1))
             self.steps = -(-(self.end - self.begin) // batch_size)
+        elif limit is not None:
+            raise ZooError("limit needs data whose number of images is known: a folder, or local shards.")
         elif len(sources) == 1:
             self.total = self.steps = None
             self.parts = {}
@@ -416,12 +432,18 @@ def joined(batches: Sequence[dict]) -> dict:
 
 
 class _Numbers(DistributedSampler):
-    """The batch numbers from `start` on. A DistributedSampler by name, so that Lightning leaves it in its place."""
+    """The batch numbers from `start` on, or those that were chosen. A DistributedSampler by name, so that Lightning
+    leaves it in its place."""
 
     def __init__(self, steps: int | None):
-        self.steps, self.start = steps, 0
+        self.steps, self.start, self.chosen = steps, 0, None
+
+    def choose(self, numbers: Sequence[int]) -> None:
+        self.steps, self.chosen = len(numbers), numbers
 
     def __iter__(self) -> Iterator[int]:
+        if self.chosen is not None:
+            return iter(self.chosen)
         return itertools.count() if self.steps is None else iter(range(self.start, self.start + self.steps))
 
     def __len__(self) -> int:
@@ -434,6 +456,7 @@ def _as_it_is(batch):
     return batch
 
 
-def _keep_memory(worker: int) -> None:
-    """Pillow gives the memory of a picture back to the system, and may wait for it as long again as it decodes."""
+def _begin_worker(worker: int) -> None:
+    # Pillow gives the memory of a picture back to the system, and may wait for it as long again as it decodes
     Image.core.set_blocks_max(4)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # SLURM sends it to every process; the run ends when it can

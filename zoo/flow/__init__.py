@@ -6,10 +6,11 @@ A network learns the velocity v = dx_t / dt = e - x; a sampler follows it from t
 from zoo.flow.guidance import guide, guide_twice, linear_scale, renormalize
 from zoo.flow.paths import data_at, interpolate, score, velocity
 from zoo.flow.solvers import adaptive, euler, euler_maruyama, heun
-from zoo.flow.times import falling, logit_normal, shift
+from zoo.flow.times import check_steps, falling, logit_normal, shift
 
 __all__ = [
     "adaptive",
+    "check_steps",
     "data_at",
     "euler",
     "euler_maruyama",

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from zoo.errors import expect_integer
+
 
 def logit_normal(
     shape: Sequence[int],
@@ -22,6 +24,11 @@ def logit_normal(
 def shift(t: Tensor, factor: float) -> Tensor:
     """factor t / (1 + (factor - 1) t): above 1 more steps are near noise (arXiv 2403.03206, equation 23)."""
     return factor * t / (1 + (factor - 1) * t)
+
+
+def check_steps(num_steps: int, least: int = 1) -> None:
+    """Raise ZooError for what is no number of steps; above 100,000 it is a mistake that would take days."""
+    expect_integer("num_steps", num_steps, least, 100_000)
 
 
 def falling(num_steps: int, shift_factor: float = 1.0) -> list[float]:

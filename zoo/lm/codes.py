@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from zoo import registry
-from zoo.errors import ZooError, nearest
+from zoo.errors import ZooError, expect_integer, nearest, shortened
 from zoo.files import write_json
 from zoo.flow import guide, guide_twice
 from zoo.lm.vision import TOKENIZER_FILE, GeneratedImages, Generators, Seen, Vision, drawn
@@ -90,7 +90,7 @@ class CodeVision(Vision):
         try:
             about = json.loads((folder / cls.FILE).read_text())
             streams = [Stream(**stream) for stream in about["streams"]]
-            name, num_tokens = about["tokenizer"], about["num_tokens"]
+            name, num_tokens, _ = about["tokenizer"], about["num_tokens"], about["bos"]
         except (ValueError, KeyError, TypeError) as error:
             raise ZooError(f"{folder / cls.FILE} is not what VisualLM.save wrote ({error}); copy it again.") from error
         return cls(registry.load_tokenizer(name, folder / TOKENIZER_FILE), streams, num_tokens), about
@@ -120,12 +120,12 @@ class CodeWriter:
         self.top_p, self.top_k = vision.top_p if top_p is None else top_p, top_k
         if num_steps is not None:
             raise ZooError(f"num_steps is for a flow head, and {vision.tokenizer.info.name} has ids; leave it out.")
-        if not temperature > 0:
+        if not temperature > 0:  # a finite number, see generate_image
             raise ZooError(f"temperature must be above 0 for ids, got {temperature}; do_sample=False is greedy.")
-        if not 0 < self.top_p <= 1:
-            raise ZooError(f"top_p must be above 0 and at most 1, got {top_p}.")
-        if top_k is not None and top_k < 1:
-            raise ZooError(f"top_k must be at least 1, got {top_k}.")
+        if type(self.top_p) not in (int, float) or not 0 < self.top_p <= 1:
+            raise ZooError(f"top_p must be above 0 and at most 1, got {shortened(top_p)}.")
+        if top_k is not None:
+            expect_integer("top_k", top_k, 1)
         self.vision, self.model, self.copies, self.temperature = vision, model, copies, temperature
         self.scales = text_scale, image_scale
         self.possible, self.words = self.places(), []
@@ -210,8 +210,7 @@ def encode_settings(info: TokenizerInfo, num_tokens: int | None) -> dict:
             f"num_tokens is for tokenizers of variable length, and {info.name} has {info.max_tokens} tokens for "
             "every image; leave it out."
         )
-    if num_tokens < 1:
-        raise ZooError(f"num_tokens must be at least 1, got {num_tokens}.")
+    expect_integer("num_tokens", num_tokens, 1)
     return {"num_tokens": num_tokens}
 
 

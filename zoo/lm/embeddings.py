@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,8 +115,10 @@ class EmbeddingVision(Vision):
     @classmethod
     def load(cls, folder: Path) -> tuple[EmbeddingVision, dict]:
         state, metadata = weights.read(folder / cls.FILE)
-        about = json.loads(metadata["zoo"])
+        about = weights.description(metadata, folder / cls.FILE, "tokenizer", "config", "num_tokens", "bos")
         tokenizer = registry.load_tokenizer(about["tokenizer"], folder / TOKENIZER_FILE)
+        if "projector.2.weight" not in state:
+            raise ZooError(f"{folder / cls.FILE} has no projector.2.weight; copy it again.")
         hidden_size = len(state["projector.2.weight"])
         vision = cls(tokenizer, hidden_size, make_config(EmbeddingConfig(), about["config"]), about["num_tokens"])
         weights.load(vision.parts(), state, folder / cls.FILE)

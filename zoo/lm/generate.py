@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, expect_integer, expect_number, one_line, shortened
 from zoo.lm.model import VisualLM
 from zoo.lm.vision import GeneratedImages, Generators
 
@@ -56,8 +56,11 @@ def generate_image(
         ZooError: an empty prompt, one too long for the context, another number of images or generators than of prompts,
             a model that writes no images, or settings that are not possible, or not for what it writes.
     """
-    vision, count = model.vision, len(prompts)
     texts = _check(model, prompts, images, generator)
+    for name, value in (("text_scale", text_scale), ("image_scale", image_scale), ("temperature", temperature)):
+        if value is not None or name == "temperature":
+            expect_number(name, value, 0)
+    vision, count = model.vision, len(prompts)
     if vision.obstacle:
         raise ZooError(f"this model of {vision.tokenizer.info.name} writes no images: {vision.obstacle}.")
     text_scale = vision.text_scale if text_scale is None else text_scale
@@ -114,6 +117,9 @@ def generate_text(model: VisualLM, images: Tensor, prompt: str = "", max_new_tok
     Raises ZooError where image, prompt and max_new_tokens do not fit into the context.
     """
     seen = model.vision.see(model.vision.tokenizer.check_images(images))
+    if not isinstance(prompt, str):
+        raise ZooError(f"prompt is a text, got {shortened(prompt)}.")
+    expect_integer("max_new_tokens", max_new_tokens, 1)
     text = model.text_ids(prompt)
     ids, live = model.pad([model.join(seen.tokens[i], text) for i in range(len(images))], "left")
     if ids.shape[1] + max_new_tokens > model.context:
@@ -122,25 +128,35 @@ def generate_text(model: VisualLM, images: Tensor, prompt: str = "", max_new_tok
             f"context of {model.context}; shorten the prompt, or ask for fewer."
         )
     ids, live = ids.to(model.lm.device), live.to(model.lm.device)
-    written = model.lm.generate(
-        inputs_embeds=model.embed(ids, seen.inputs),
-        attention_mask=live.long(),
-        max_new_tokens=max_new_tokens,
-        eos_token_id=model.words.eos_token_id,
-        pad_token_id=model.words.eos_token_id,
-        suppress_tokens=list(range(model.vocabulary.text_size, len(model.vocabulary))),
-        **{"do_sample": False} | settings,
-    )
+    try:
+        written = model.lm.generate(
+            inputs_embeds=model.embed(ids, seen.inputs),
+            attention_mask=live.long(),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=model.words.eos_token_id,
+            pad_token_id=model.words.eos_token_id,
+            suppress_tokens=list(range(model.vocabulary.text_size, len(model.vocabulary))),
+            **{"do_sample": False} | settings,
+        )
+    except Exception as error:
+        if not settings:
+            raise
+        raise ZooError(f"transformers does not take the settings {shortened(settings)} ({one_line(error)}).") from error
     return model.words.batch_decode(written, skip_special_tokens=True)
 
 
 def _check(model: VisualLM, prompts, images, generator) -> list[list[int]]:
     """The prompts as ids."""
-    if isinstance(prompts, str) or not prompts:
-        raise ZooError(f"prompts is a list of at least one text, got {prompts!r}.")
+    if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(one, str) for one in prompts):
+        raise ZooError(f"prompts is a list of at least one text, got {shortened(prompts)}.")
+    drawing = generator if isinstance(generator, (list, tuple)) else [generator]
+    if not all(one is None or isinstance(one, torch.Generator) for one in drawing):
+        raise ZooError(f"generator is a torch.Generator or a list of them, got {shortened(generator)}.")
     texts = [model.text_ids(prompt) for prompt in prompts]
     if not all(texts):
         raise ZooError(f"prompt {[bool(text) for text in texts].index(False)} is empty; say what to show.")
+    if images is not None:
+        model.vision.tokenizer.check_images(images)
     for name, values in (("images", images), ("generators", generator)):
         if isinstance(values, (Tensor, list, tuple)) and len(values) != len(prompts):
             raise ZooError(f"{len(prompts)} prompts take as many {name}, got {len(values)}.")

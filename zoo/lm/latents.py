@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,7 +93,7 @@ class FlowVision(Vision):
     @classmethod
     def load(cls, folder: Path) -> tuple[FlowVision, dict]:
         state, metadata = weights.read(folder / cls.FILE)
-        about = json.loads(metadata["zoo"])
+        about = weights.description(metadata, folder / cls.FILE, "tokenizer", "config", "bos")
         head = FlowHead(make_config(FlowHeadConfig(), about["config"]))
         weights.load(head, state, folder / cls.FILE)
         return cls(registry.load_tokenizer(about["tokenizer"], folder / TOKENIZER_FILE), head), about

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from zoo import registry
-from zoo.errors import ZooError
+from zoo.errors import ZooError, one_line, shortened
 from zoo.hub import pretrained
 from zoo.lm.codes import CodeVision
 from zoo.lm.embeddings import EmbeddingConfig, EmbeddingVision
@@ -110,7 +110,8 @@ class VisualLM(nn.Module):
             ZooError: the parts cannot be had, or do not fit together.
         """
         if not isinstance(lm, PretrainedConfig):
-            lm = pretrained(AutoModelForCausalLM, lm, dtype=torch.float32, use_safetensors=True)
+            options = {"use_safetensors": True, "trust_remote_code": False}
+            lm = pretrained(AutoModelForCausalLM, lm, dtype=torch.float32, **options)
         config = lm if isinstance(lm, PretrainedConfig) else lm.config
         hidden_size = config.get_text_config().hidden_size
         vision = _vision(tokenizer, head, streams, num_tokens, embeddings, hidden_size)
@@ -293,9 +294,21 @@ class VisualLM(nn.Module):
         if kind is None:
             files = " nor ".join(kind.FILE for kind in VISIONS)
             raise ZooError(f"{folder} is no folder that VisualLM.save wrote: it has neither {files}.")
-        vision, about = kind.load(folder)
-        lm = pretrained(AutoModelForCausalLM, folder, use_safetensors=True)
-        model = cls(lm, pretrained(PreTrainedTokenizerFast, folder), vision, about.get("bos", False))
+        try:
+            vision, about = kind.load(folder)
+            options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+            lm, loading = pretrained(AutoModelForCausalLM, folder, **options)
+            model = cls(lm, pretrained(PreTrainedTokenizerFast, folder), vision, about["bos"])
+        except ZooError:
+            raise
+        except Exception as error:  # there is no limit to what damaged files raise in transformers and tokenizers
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise ZooError(f"{folder} is not what VisualLM.save wrote ({reason}); copy it again.") from error
+        # of which transformers makes new ones, with a warning
+        wrong = [name for kind, names in loading.items() if kind != "unexpected_keys" for name in names]
+        wrong += [name for name, tensor in lm.state_dict().items() if not tensor.isfinite().all()]
+        if wrong:
+            raise ZooError(f"the language model in {folder} lacks right values of {shortened(wrong)}; copy it again.")
         return model.to(device=device, dtype=dtype).eval()
 
 

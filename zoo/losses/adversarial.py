@@ -12,6 +12,8 @@ from zoo.nn.normalization import BatchNorm2d
 
 GROUPS = 32
 """Of the residual discriminator's normalisation."""
+SCALE = 2.0**10
+"""Of losses whose gradients are measured: those of a mean over all pixels would vanish in float16."""
 
 
 class PatchDiscriminator(nn.Module):
@@ -38,7 +40,7 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.main(images)
+        return self.main(images).float()  # losses are means of many
 
 
 class ResidualPatchDiscriminator(nn.Module):
@@ -63,7 +65,7 @@ class ResidualPatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 0.0, 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.main(images)
+        return self.main(images).float()  # losses are means of many
 
 
 class ResidualBlock(nn.Module):
@@ -97,8 +99,9 @@ def adaptive_weight(
 
     Gradients are those of the decoder's last layer, averaged over ranks, so that all ranks have the same weight.
     """
-    grads = [torch.autograd.grad(loss, layer, retain_graph=True)[0] for loss in (reconstruction, adversarial)]
-    of_reconstruction, of_adversarial = (g.norm() / world_size() for g in sum_over_ranks(*grads))
+    losses = SCALE * reconstruction, SCALE * adversarial
+    grads = [torch.autograd.grad(loss, layer, retain_graph=True)[0] for loss in losses]
+    of_reconstruction, of_adversarial = (g.norm() / world_size() / SCALE for g in sum_over_ranks(*grads))
     return (of_reconstruction / (of_adversarial + 1e-4)).clamp(low, high).detach()
 
 

@@ -57,12 +57,17 @@ class PerceptualLoss(nn.Module):
         return found
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        """Two batches (B, 3, H, W) in [-1, 1] to their distances (B, 1, 1, 1)."""
-        total = 0
-        for i, pair in enumerate(zip(self.features(images), self.features(others), strict=True)):
-            one, other = (f / (torch.linalg.vector_norm(f, dim=1, keepdim=True) + 1e-10) for f in pair)
-            head = getattr(self, f"lin{i}").model
-            total = total + head((one - other).square()).mean((2, 3), keepdim=True)
+        """Two batches (B, 3, H, W) in [-1, 1] to their distances (B, 1, 1, 1).
+
+        Under autocast features alone are in half precision: squares of small differences would vanish in float16.
+        """
+        pairs, total = zip(self.features(images), self.features(others), strict=True), 0
+        with torch.autocast(images.device.type, enabled=False):
+            for i, pair in enumerate(pairs):
+                head = getattr(self, f"lin{i}").model
+                pair = [f.to(head[1].weight.dtype) for f in pair]
+                one, other = (f / (torch.linalg.vector_norm(f, dim=1, keepdim=True) + 1e-10) for f in pair)
+                total = total + head((one - other).square()).mean((2, 3), keepdim=True)
         return total
 
     @classmethod

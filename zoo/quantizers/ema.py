@@ -24,6 +24,8 @@ class Quantized(NamedTuple):
     """Scalar."""
     perplexity: Tensor
     """Scalar: exp of the entropy of this batch's codes over all ranks, 1 to K."""
+    counts: Tensor
+    """(K,) float32: how often each code was used over all ranks."""
 
 
 class EMAQuantizer(nn.Module):
@@ -82,7 +84,12 @@ class EMAQuantizer(nn.Module):
                 counts, sums = code_statistics(vectors, ids.flatten(), len(self.codebook))
                 if self.training:
                     self._update(counts, sums, drawn)
-        return Quantized(quantized, ids, loss, perplexity(counts))
+        return Quantized(quantized, ids, loss, perplexity(counts), counts)
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Number of codes of each codebook."""
+        return (len(self.codebook),)
 
     def encode(self, z: Tensor) -> Tensor:
         """z (..., D) -> ids (...) int64, without moving anything."""

@@ -37,6 +37,8 @@ class IndexQuantized(NamedTuple):
     """Scalar, in nats: of the codes of one vector, averaged over vectors; low where choices are clear."""
     average_entropy: Tensor
     """Scalar, in nats: of the average over the vectors of all ranks; high where all codes are used."""
+    counts: Tensor
+    """(K,) float32: how often each code was used over all ranks."""
 
 
 class IndexQuantizer(nn.Module):
@@ -88,7 +90,13 @@ class IndexQuantizer(nn.Module):
             loss = loss + self.commitment * F.mse_loss(codes, exact.detach())
             entropy = self.sample_weight * sample - self.average_weight * average
             counts = code_counts(ids.flatten(), len(self.codebook))
-        return IndexQuantized(quantized.to(z.dtype), ids, loss, perplexity(counts), entropy, sample, average)
+        used = perplexity(counts), entropy, sample, average, counts
+        return IndexQuantized(quantized.to(z.dtype), ids, loss, *used)
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Number of codes of each codebook."""
+        return (len(self.codebook),)
 
     def encode(self, z: Tensor) -> Tensor:
         """z (..., D) -> ids (...) int64."""

@@ -27,5 +27,6 @@ class GaussianPosterior(NamedTuple):
         return self.mean + (self.logvar / 2).exp() * (torch.randn_like(self.mean) if noise is None else noise)
 
     def kl(self) -> Tensor:
-        """(B,): KL(q || N(0, 1)) in nats, summed over elements."""
-        return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
+        """(B,): KL(q || N(0, 1)) in nats, summed over elements, in float32: variances go beyond float16."""
+        mean, logvar = self.mean.float(), self.logvar.float()
+        return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)

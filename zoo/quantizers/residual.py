@@ -32,6 +32,8 @@ class ResidualQuantized(NamedTuple):
     """Scalar: exp of the entropy of this batch's codes over all ranks, 1 to K; mean over codebooks."""
     usage: Tensor
     """Scalar: share of the codes that this batch uses over all ranks; mean over codebooks."""
+    counts: Tensor
+    """(levels, K) float32: how often each code was used over all ranks; 0 beyond the codes that a level has."""
 
 
 class ResidualCodebook(nn.Module):
@@ -139,6 +141,11 @@ class ResidualQuantizer(nn.Module):
         """That of a level; the same one at every level when it is shared."""
         return self.codebooks[level % len(self.codebooks)]
 
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Number of codes of each codebook: of one that all levels share, or of those of the levels."""
+        return tuple(len(book.codebook) for book in self.codebooks)
+
     def forward(self, z: Tensor) -> ResidualQuantized:
         """z (..., D), in float32 whatever the autocast."""
         with torch.autocast(z.device.type, enabled=False):
@@ -204,14 +211,15 @@ class ResidualQuantizer(nn.Module):
             book.update(of_level[:, None], chosen[:, None])
 
     @torch.no_grad()
-    def _statistics(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Perplexity and share of used codes of ids (M, levels), over all ranks."""
-        per_book = ids.unbind(1) if len(self.codebooks) > 1 else [ids.flatten()]
+    def _statistics(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Perplexity, share of used codes, and counts (levels, K) of ids (M, levels), over all ranks."""
+        size = max(self.codebook_sizes)
+        places = ids + size * torch.arange(self.levels, device=ids.device)
+        counts = code_counts(places.flatten(), self.levels * size).view(self.levels, size)
         found = []
-        for book, chosen in zip(self.codebooks, per_book, strict=True):
-            counts = code_counts(chosen, len(book.codebook))
-            found.append(torch.stack([perplexity(counts), (counts > 0).float().mean()]))
-        return torch.stack(found).mean(0).unbind()
+        for book, used in zip(self.codebooks, counts if len(self.codebooks) > 1 else [counts.sum(0)], strict=True):
+            found.append(torch.stack([perplexity(used), (used > 0).sum() / len(book.codebook)]))
+        return *torch.stack(found).mean(0).unbind(), counts
 
 
 def per_codebook(value, count: int, name: str) -> list:

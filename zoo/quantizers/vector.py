@@ -43,7 +43,12 @@ class VectorQuantizer(nn.Module):
             loss = loss + self.codebook_weight * F.mse_loss(codes, exact.detach())
             quantized = (exact + (codes - exact).detach()).to(z.dtype)
             counts = code_counts(ids.flatten(), len(self.codebook))
-        return Quantized(quantized, ids, loss, perplexity(counts))
+        return Quantized(quantized, ids, loss, perplexity(counts), counts)
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Number of codes of each codebook."""
+        return (len(self.codebook),)
 
     def encode(self, z: Tensor) -> Tensor:
         """z (..., D) -> ids (...) int64."""

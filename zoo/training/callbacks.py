@@ -1,18 +1,24 @@
-"""What happens beside the training loop: pictures, an average of weights, a metrics.csv that survives a resume."""
+"""What happens beside the training loop: pictures, an average of weights, the health of codebooks, a metrics.csv that
+survives a resume."""
 
 from __future__ import annotations
 
 import csv
 import io
+from functools import partial
 from pathlib import Path
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
+from zoo.errors import ZooError
 from zoo.files import room_for, writing
+from zoo.quantizers import perplexity
 from zoo.training.module import batch_size
 
 
@@ -32,6 +38,106 @@ class ValidationPictures(L.Callback):
         grid = make_grid(pictures, nrow=count)
         with writing(self.folder / f"step-{trainer.global_step:07d}.png") as file:
             save_image(grid, file, "png")
+
+
+class CodebookHealth(L.Callback):
+    """Logs how evenly training uses the codes of each stream, and says when a codebook has collapsed.
+
+    Ids are those of all training batches of all ranks since the last report, with whose metrics they are logged, in the
+    names of evaluation: train/perplexity/STREAM (exp of the entropy, 1 to K) and train/codebook_use/STREAM (share of
+    the K codes that occur); where a position has several levels, also of each as .../STREAM/LEVEL, counted from 0.
+    Reports go on with the ids of the one before until these are K at least: fewer could not use all codes. A codebook
+    (one that all levels share, or that of a level) whose perplexity is then below a share of K has collapsed, which is
+    printed once until it has recovered. train/collapsed_codebooks is their number.
+
+    Args:
+        collapsed_below: that share, from 0 (never) to 1.
+
+    Raises:
+        ZooError: another share.
+    """
+
+    def __init__(self, collapsed_below: float = 0.05):
+        if not 0 <= collapsed_below <= 1:
+            raise ZooError(f"collapsed_below must be a share of the codes from 0 to 1, got {collapsed_below}.")
+        self.collapsed_below = collapsed_below
+        self._sizes: dict[str, tuple[int, ...]] = {}  # of each stream, the number of codes of its codebooks
+        self._counts: dict[str, Tensor] = {}  # (levels, K) int64, over all ranks
+        self._collapsed: set[tuple[str, int]] = set()
+        self._hooks = []
+
+    def setup(self, trainer, module, stage: str) -> None:
+        if stage != "fit" or module.tokenizer is None:
+            return
+        streams = module.tokenizer.info.streams
+        for name, part in module.tokenizer.named_modules():
+            if hasattr(part, "codebook_sizes"):
+                stream = streams[0] if len(streams) == 1 else name.rpartition(".")[2]
+                self._hooks.append(part.register_forward_hook(partial(self._count, stream)))
+
+    def teardown(self, trainer, module, stage: str) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    @torch.no_grad()
+    def _count(self, stream: str, quantizer: nn.Module, inputs, output) -> None:
+        if not quantizer.training:
+            return
+        counts = torch.atleast_2d(output.counts).long()
+        self._sizes[stream] = quantizer.codebook_sizes
+        self._counts[stream] = counts + self._counts[stream].to(counts.device) if stream in self._counts else counts
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        if batches % trainer.log_every_n_steps or not self._sizes:
+            return
+        logs = {}
+        for stream, sizes in self._sizes.items():
+            counts = self._counts[stream]
+            whole = counts.sum(0)
+            logs |= {f"perplexity/{stream}": perplexity(whole), f"codebook_use/{stream}": used(whole, max(sizes))}
+            books = list(zip(counts if len(sizes) > 1 else [whole], sizes, strict=True))
+            for level, count in enumerate(counts) if len(counts) > 1 else ():
+                share = used(count, sizes[level % len(sizes)])
+                logs |= {f"perplexity/{stream}/{level}": perplexity(count), f"codebook_use/{stream}/{level}": share}
+            found = torch.stack([torch.stack([count.sum(), perplexity(count), used(count, k)]) for count, k in books])
+            if found[0, 0] >= max(sizes):
+                self._judge(trainer, module, stream, found.tolist())
+                self._counts[stream] = torch.zeros_like(counts)
+        module.log_row(logs | {"collapsed_codebooks": float(len(self._collapsed))}, batch_size(batch))
+
+    def _judge(self, trainer, module, stream: str, found: list[list[float]]) -> None:
+        """found: of each codebook the number of ids, their perplexity and the share of codes that they use."""
+        for level, (size, (number, evenness, share)) in enumerate(zip(self._sizes[stream], found, strict=True)):
+            limit, one = self.collapsed_below * size, (stream, level)
+            named = f"the codebook '{stream}'" + (f", level {level}," if len(found) > 1 else "")
+            if evenness >= limit:
+                if one in self._collapsed:
+                    module.print(f"step {trainer.global_step}: {named} has recovered, perplexity {evenness:.1f}.")
+                self._collapsed.discard(one)
+            elif one not in self._collapsed:
+                self._collapsed.add(one)
+                module.print(
+                    f"step {trainer.global_step}: {named} has collapsed: the last {number:.0f} ids have a perplexity "
+                    f"of {evenness:.1f}, below {limit:.1f} ({self.collapsed_below:g} of {size} codes), and use "
+                    f"{share:.1%} of the codes. If it does not recover, lower optimizer.lr, make codes running means "
+                    "that restart where they are not used (of the tokenizer: ema_decay, restart_below, restart), or "
+                    "weigh the losses of the quantizer otherwise."
+                )
+
+    def state_dict(self) -> dict:
+        counts = {stream: counts.cpu() for stream, counts in self._counts.items()}
+        return {"counts": counts, "collapsed": sorted(self._collapsed)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._counts = dict(state["counts"])
+        self._collapsed = set(state["collapsed"])
+
+
+def used(counts: Tensor, num_codes: int) -> Tensor:
+    """Share of the codes that occur, (K,) counts -> scalar."""
+    return (counts > 0).sum() / num_codes
 
 
 class EpochWeightAveraging(EMAWeightAveraging):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -27,7 +29,10 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class ResumePoint(ModelCheckpoint):
-    """A ModelCheckpoint whose save_on_exception saves between two steps only.
+    """A ModelCheckpoint that ends a run when asked, and whose save_on_exception saves between two steps only.
+
+    SIGTERM and SIGUSR1, which SLURM sends before it kills, to whichever of the ranks and whenever, end the run on all
+    of them behind the same step. Lightning's own handlers would talk to the other ranks in the middle of theirs.
 
     An error in the middle of a step, another rank's death or Ctrl-C may have changed some weights and buffers and not
     the others, and during validation an average may stand in the place of the weights: no run passes through such a
@@ -36,7 +41,15 @@ class ResumePoint(ModelCheckpoint):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.between_steps = True
+        self.between_steps, self.asked_to_end = True, False
+
+    def on_train_start(self, trainer, module) -> None:
+        super().on_train_start(trainer, module)
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # Lightning puts the earlier handlers back
+            signal.signal(number, self._ask_to_end)
+
+    def _ask_to_end(self, *args) -> None:
+        self.asked_to_end = True
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
         self.between_steps = False
@@ -44,6 +57,8 @@ class ResumePoint(ModelCheckpoint):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         self.between_steps = module.completes_step(batch_idx)
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+        if self.between_steps and trainer.strategy.reduce_boolean_decision(self.asked_to_end, all=False):
+            raise SIGTERMException
 
     def on_exception(self, trainer, module, exception) -> None:
         # ranks that hold parts of the weights save together: after SIGTERM, which reaches all, and after nothing else

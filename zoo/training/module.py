@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +16,12 @@ import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
+from zoo.distributed import min_over_ranks
 from zoo.errors import ZooError
 from zoo.registry import save_tokenizer
 from zoo.tokenizer import Tokenizer
 from zoo.training.schedules import constant
-from zoo.training.sharding import ShardedStrategy, split, total_norm
+from zoo.training.sharding import ShardedStrategy, blocks, split, total_norm
 
 Losses = Iterator[tuple[str, Tensor, dict[str, Tensor]]]
 
@@ -33,6 +35,11 @@ class TrainingModule(L.LightningModule):
     yields. Random numbers of a step are a function of (seed, batch, rank), so that a resumed run is the same run; what
     all ranks have to draw alike comes from `shared_generator`.
 
+    A step whose loss or gradient is not finite, on whatever rank, is skipped on all of them: parameters, the state of
+    the optimizer and buffers (codebooks that are running means, batch statistics) stay what they were. Such steps are
+    named, and their number is logged as `train/skipped_steps`. In float16 the loss is scaled (`train/loss_scale`), and
+    a gradient that overflows halves the scale: that step is skipped, too, but is no bad one while the scale is above 1.
+
     Args:
         tokenizer: what is trained, or what the trained part stands on; None where there is no tokenizer.
         optimizers: {name: partial torch optimizer waiting for its parameter groups}. A step of the run is a batch (or
@@ -41,7 +48,7 @@ class TrainingModule(L.LightningModule):
             the steps of the run.
         gradient_clip: largest norm of an optimizer's gradient; 0: no clipping.
         accumulate: batches whose gradients make one step.
-        max_bad_steps: a step whose gradient is not finite is skipped; more than this many in a row end the run.
+        max_bad_steps: more skipped steps of an optimizer in a row than this end the run.
         compile: torch.compile the forward of `compiled`.
         seed: of everything random in training steps.
     """
@@ -64,8 +71,11 @@ class TrainingModule(L.LightningModule):
         self.schedules = dict(schedules or {})
         self.gradient_clip, self.accumulate = gradient_clip, accumulate
         self.max_bad_steps, self.seed, self._compile = max_bad_steps, seed, compile
-        self._unchecked: list[tuple[int, list[str], Tensor]] = []  # steps whose finiteness was not read yet
-        self._bad_in_a_row = 0
+        self._unchecked: list[tuple[int, str, list[str], Tensor]] = []  # steps whose finiteness was not read yet
+        self._bad_in_a_row = Counter()  # of each optimizer
+        self._skipped: Tensor | float = 0.0  # steps of the run
+        self._before: list[tuple[Tensor, Tensor]] = []  # buffers, and what they were before the step at hand
+        self._finite: dict[str, Tensor] = {}  # whether all losses of the step at hand were, by optimizer
         self._row: dict[str, Tensor | float] = {}  # what this batch logged
         self._images, self._since = 0, None  # since the throughput was last logged
 
@@ -104,8 +114,10 @@ class TrainingModule(L.LightningModule):
         self.recipe = {name: self.recipe[name] for name in modules}  # the order of self.optimizers()
         total, epoch = self._run_length()
         configured = []
+        # what trainer=fsdp divides has groups of its own whatever the strategy: checkpoints are alike
+        divisible = [p for block in blocks(self) for p in block.parameters()]
         for name, module in modules.items():
-            optimizer = self.recipe[name](parameter_groups(module))
+            optimizer = self.recipe[name](parameter_groups(module, apart=divisible))
             schedule = partial(self.schedules.get(name, constant), total=total, epoch=epoch)
             configured.append(
                 {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)}
@@ -142,29 +154,69 @@ class TrainingModule(L.LightningModule):
     def training_step(self, batch: dict, batch_idx: int) -> None:
         completes = self.completes_step(batch_idx)
         optimizers = dict(zip(self.recipe, _as_list(self.optimizers()), strict=True))
-        self._row = {}
+        self._row, skipped = {}, torch.zeros((), dtype=torch.bool, device=self.device)
+        if batch_idx % self.accumulate == 0:
+            self._before = [(buffer, buffer.clone()) for buffer in moving_buffers(self)]
+            self._finite = {}
         for i, (name, loss, logs) in enumerate(self.losses(batch)):
             optimizer = optimizers[name]
+            finite = loss.detach().isfinite()
+            self._finite[name] = self._finite.get(name, True) & finite
+            # Gradients of a loss that is not finite are made so: their average tells the other ranks.
+            loss = loss / torch.where(finite, float(self.accumulate), float("nan"))
             with nullcontext() if completes else self._no_sync():
-                self._propagate(loss / self.accumulate, optimizer)
+                self._propagate(loss, optimizer)
             if completes:
                 logs = logs | {f"lr/{name}": optimizer.param_groups[0]["lr"]}
                 norm = self._step(name, optimizer, counts=i == 0)
-                self._unchecked.append((self.global_step, batch.get("key", []), norm))
+                read = torch.stack([norm, self._finite[name].to(norm), self._loss_scale.to(norm)])
+                self._unchecked.append((self.global_step, name, batch.get("key", []), read))
+                skipped |= ~norm.isfinite()
                 logs[f"gradient_norm/{name}"] = norm
-            logs = {f"train/{key}": value for key, value in logs.items()}
-            self.log_dict(logs, batch_size=batch_size(batch))
-            self._row |= logs
+            self.log_row(logs, batch_size(batch))
         if completes:
-            for scheduler in _as_list(self.lr_schedulers()):
-                scheduler.step()
+            self._finish_step(skipped, batch)
         self._log_throughput(batch_size(batch))
         if self.device.type == "cpu" or len(self._unchecked) >= self.trainer.log_every_n_steps:
             self._check_bad_steps()
 
+    def log_row(self, logs: dict[str, Tensor | float], images: int) -> None:
+        """Log scalars of the batch at hand as train/NAME, so that a resumed run has them, too."""
+        logs = {f"train/{key}": value for key, value in logs.items()}
+        self.log_dict(logs, batch_size=images)
+        self._row |= logs
+
+    def _finish_step(self, skipped: Tensor, batch: dict) -> None:
+        """What is done once for all optimizers of a step; skipped: whether one of them did not step."""
+        for buffer, before in self._before:
+            buffer.copy_(torch.where(skipped, before, buffer))
+        self._before = []
+        self._skipped = skipped + self._skipped
+        logs = {"skipped_steps": self._skipped}
+        if self._scaler is not None:
+            logs["loss_scale"] = self._loss_scale
+            self._scaler.update()
+        self.log_row(logs, batch_size(batch))
+        for scheduler in _as_list(self.lr_schedulers()):
+            scheduler.step()
+
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    @property
+    def _loss_scale(self) -> Tensor:
+        """Scalar; 1 where losses are not scaled. Nothing is read from the device."""
+        one = torch.ones((), device=self.device)
+        return one if self._scaler is None else self._scaler.scale(one)
+
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """A batch is logged after the checkpoint behind it is written; a run killed in between has the row here."""
+        checkpoint["skipped_steps"] = float(self._skipped)
         checkpoint["train_row"] = {name: float(value) for name, value in self._row.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self._skipped = checkpoint.get("skipped_steps", 0.0)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Mean squared error and PSNR (dB, mean over images) of reconstructions in [0, 1]."""
@@ -198,21 +250,20 @@ class TrainingModule(L.LightningModule):
     def _step(self, name: str, optimizer, counts: bool) -> Tensor:
         """Clip and step without reading anything back from the device; returns the gradient's norm before clipping."""
         raw = optimizer.optimizer
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None:
-            scaler.unscale_(raw)
+        if self._scaler is not None:
+            self._scaler.unscale_(raw)
         parameters = self.clipped(name, _parameters(raw))
         norm = total_norm([p.grad for p in parameters if p.grad is not None])
         for part in split(parameters) if self.gradient_clip else ():
             torch.nn.utils.clip_grads_with_norm_(part, self.gradient_clip, norm)
-        if scaler is None:
-            bad = (~torch.isfinite(norm)).float()
-            if getattr(raw, "_step_supports_amp_scaling", False):
-                raw.grad_scale, raw.found_inf = None, bad  # a fused optimizer skips the step on the device
-            elif bad:
-                optimizer.zero_grad()
-        # The first step of a batch counts as the step of the run.
-        optimizer.step() if counts else self.trainer.strategy.optimizer_step(raw, closure=lambda: None)
+        bad = ~torch.isfinite(norm)
+        if getattr(raw, "_step_supports_amp_scaling", False):
+            raw.grad_scale, raw.found_inf = None, bad.float()  # a fused optimizer skips the step on the device
+        elif bad:
+            optimizer.zero_grad()
+        with self._without_scaler():
+            # The first step of a batch counts as the step of the run.
+            optimizer.step() if counts else self.trainer.strategy.optimizer_step(raw, closure=lambda: None)
         optimizer.zero_grad()
         return norm.detach()
 
@@ -230,19 +281,37 @@ class TrainingModule(L.LightningModule):
     def _check_bad_steps(self) -> None:
         if not self._unchecked:
             return
-        norms = torch.stack([norm for *_, norm in self._unchecked]).tolist()
-        for (step, keys, _), norm in zip(self._unchecked, norms, strict=True):
-            finite = np.isfinite(norm)
-            self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
-            if not finite:
-                names = ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
-                self.print(f"step {step} was skipped: its gradient is {norm} (batch of {names or 'no named samples'}).")
-            if self._bad_in_a_row > self.max_bad_steps:
+        unchecked, self._unchecked = self._unchecked, []
+        read = torch.stack([read for *_, read in unchecked])
+        read[:, 1] = min_over_ranks(read[:, 1])
+        for (step, optimizer, keys, _), (norm, finite, scale) in zip(unchecked, read.tolist(), strict=True):
+            if np.isfinite(norm):
+                self._bad_in_a_row[optimizer] = 0
+                continue
+            if finite and scale > 1:
+                continue  # float16 overflowed, and the scale is halved
+            self._bad_in_a_row[optimizer] += 1
+            what, names = "gradient" if finite else "loss", ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
+            batch = f"batch of {names or 'no named samples'}"
+            self.print(f"step {step} was skipped: the {what} of the {optimizer} is not finite ({batch}).")
+            if self._bad_in_a_row[optimizer] > self.max_bad_steps:
                 raise ZooError(
-                    f"{self._bad_in_a_row} steps in a row had no finite gradient, the last on the batch of {names}; "
-                    "look at these samples, or lower optimizer.lr."
+                    f"{self._bad_in_a_row[optimizer]} steps in a row had no finite loss and gradient of the "
+                    f"{optimizer}, the last on the {batch}; look at these samples, or lower optimizer.lr."
                 )
-        self._unchecked.clear()
+
+    @contextmanager
+    def _without_scaler(self) -> Iterator[None]:
+        """Lightning would scale back a second time, and change the scale after each of several optimizers."""
+        plugin, scaler = self.trainer.precision_plugin, self._scaler
+        if scaler is None:
+            yield
+            return
+        plugin.scaler = None
+        try:
+            yield
+        finally:
+            plugin.scaler = scaler
 
     def _no_sync(self):
         strategy = self.trainer.strategy
@@ -259,12 +328,23 @@ class TrainingModule(L.LightningModule):
         return min(bounds, default=-1), epoch
 
 
-def parameter_groups(module: nn.Module) -> list[dict]:
-    """All parameters that require gradients: those of two axes and more decay as the optimizer says, others never."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    matrices, vectors = ([p for p in parameters if (p.ndim < 2) == few] for few in (False, True))
-    groups = [{"params": part} for part in split(matrices)]
-    return groups + [{"params": part, "weight_decay": 0.0} for part in split(vectors)]
+def parameter_groups(module: nn.Module, apart: Collection[nn.Parameter] = ()) -> list[dict]:
+    """All parameters that require gradients: those of two axes and more decay as the optimizer says, others never.
+
+    Those in `apart` have groups of their own.
+    """
+    parameters, keys = [p for p in module.parameters() if p.requires_grad], {id(p) for p in apart}
+    groups = []
+    for few in (False, True):
+        for inside in (False, True):
+            chosen = [p for p in parameters if (p.ndim < 2) == few and (id(p) in keys) == inside]
+            groups += [{"params": chosen} | ({"weight_decay": 0.0} if few else {})] if chosen else []
+    return groups
+
+
+def moving_buffers(module: nn.Module) -> list[Tensor]:
+    """Those that a forward pass may change: the buffers of all parts that are in training mode."""
+    return [buffer for part in module.modules() if part.training for buffer in part.buffers(recurse=False)]
 
 
 def batch_size(batch: dict) -> int:

@@ -10,13 +10,13 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from zoo.commands import cli
-from zoo.commands.common import DTYPES, claim, expect_integer, expect_one_of, preparation, start
+from zoo.commands.common import DTYPES, claim, decisive, expect_one_of, preparation, start
 from zoo.commands.compare.measuring import compress, encode_of, groups, measure, of_task
 from zoo.commands.compare.report import gathered
 from zoo.commands.compare.writing import write
 from zoo.commands.understanding import TASKS, asked
 from zoo.commands.understanding import check as check_understanding
-from zoo.errors import ZooError, nearest
+from zoo.errors import ZooError, expect_integer, nearest
 from zoo.files import discard_parts
 from zoo.metrics.codecs import NAMES as CODECS
 from zoo.registry import is_here, tokenizers, weights_path
@@ -71,9 +71,10 @@ def check(cfg: DictConfig) -> None:
     for rate in listed(cfg, "rates"):
         if type(rate) not in (int, float) or not rate > 0:
             raise ZooError(f"rates are bits per pixel above 0, got {rate!r}.")
-    expect_integer(cfg, "pictures", 0)
+    expect_integer("pictures", cfg.pictures, 0)
     if cfg.limit is not None:
-        expect_integer(cfg, "limit", 1)
+        expect_integer("limit", cfg.limit, 1)
+    expect_integer("save_every", cfg.save_every, 0)
     for field in ("weights", "encode"):
         if not OmegaConf.is_dict(cfg[field]):
             raise ZooError(f"{field} is by name, as in {field}.karl-tiny=..., got {cfg[field]!r}.")
@@ -111,7 +112,7 @@ def protocol(cfg: DictConfig) -> dict:
     cfg = cfg.copy()
     cfg.tokenizer = {"image_size": "that of each tokenizer"}
     cfg = OmegaConf.to_container(cfg, resolve=True)
-    data = {name: value for name, value in cfg["data"].items() if name != "num_workers"}
+    data = decisive(cfg["data"])
     return {
         "data": data,
         **preparation(data),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,9 +21,10 @@ from rich.progress import track
 from torch import Tensor
 
 from zoo.commands import cli
-from zoo.commands.evaluate import Entry, Shown, chosen_metrics, images_of, measured, prepared
+from zoo.commands.evaluate import Entry, Shown, chosen_metrics, measured, prepared
 from zoo.commands.understanding import asked, understood
-from zoo.distributed import all_or_none
+from zoo.data import Loader
+from zoo.distributed import all_or_none, on_first_rank
 from zoo.errors import NotThere, ZooError
 from zoo.files import write_json, writing
 from zoo.metrics.codecs import TooFew, codec
@@ -45,7 +47,7 @@ class Group:
 
 
 def of_task(cfg: DictConfig, task: str, name: str | None = None) -> DictConfig:
-    """The configuration that `zoo evaluate` would have for a task and a tokenizer."""
+    """The configuration that `zoo evaluate` would have for a task and a tokenizer, in output_dir/NAME/TASK."""
     own = cfg.copy()
     with open_dict(own):
         own.task, own.encoder, own.stored_as, own.weights, own.encode = task, None, None, None, {}
@@ -53,6 +55,7 @@ def of_task(cfg: DictConfig, task: str, name: str | None = None) -> DictConfig:
         own.pictures = cfg.pictures if task == "reconstruction" else 0
         if name is not None:
             own.tokenizer, own.weights = cli.preset_node(name), cfg.weights.get(name)
+            own.output_dir = str(Path(cfg.output_dir) / name / task)
             own.encode = encode_of(cfg, name) if task == "reconstruction" else {}
     return own
 
@@ -87,6 +90,7 @@ def measure(cfg: DictConfig, fabric: Fabric, name: str, folder: Path) -> dict[st
             continue
         if fabric.is_global_zero:
             write_json(folder / f"{task}.json", found | {"tokenizer": about(tokenizer)}, allow_nan=False)
+            shutil.rmtree(own.output_dir, ignore_errors=True)  # with what an interrupted run goes on from
     if fabric.is_global_zero and not failures:
         (folder / "error.txt").unlink(missing_ok=True)
     fabric.barrier()
@@ -107,10 +111,10 @@ def reconstruct(cfg: DictConfig, fabric: Fabric, folder: Path, tokenizer: Tokeni
     """The report of `zoo evaluate`, and "keys", the names of the images that are in FOLDER/pictures."""
     with all_or_none():
         subject = prepared(cfg, tokenizer)
-    report, _, shown = measured(cfg, fabric, subject)
+    report, shown = measured(cfg, fabric, subject)
     if fabric.is_global_zero:
-        draw(folder / "pictures", shown, cfg.pictures)
-        report["keys"] = shown.keys[: cfg.pictures]
+        draw(folder / "pictures", shown)
+        report["keys"] = shown.keys
     return report
 
 
@@ -124,15 +128,15 @@ def about(tokenizer: Tokenizer) -> dict:
     return asdict(info) | {"input": info.input, "parameters": sum(p.numel() for p in tokenizer.parameters())}
 
 
-def draw(folder: Path, shown: Shown, count: int) -> None:
+def draw(folder: Path, shown: Shown) -> None:
     """FOLDER/original/I.png and, for each setting, FOLDER/SETTING/I.png and FOLDER/SETTING/I STREAM.png of tokens."""
-    write_pictures(folder / "original", shown.images[:count])
+    write_pictures(folder / "original", shown.images)
     height, width = shown.images.shape[-2:]
-    for number, (tokens, outputs) in enumerate(shown.results):
-        for output in outputs.values():
-            write_pictures(folder / str(number), output[:count])
-        for i in range(min(count, len(tokens))):
-            for stream, cells in token_maps(tokens[i], height / width).items():
+    for number, result in enumerate(shown.results):
+        for output in result.outputs.values():
+            write_pictures(folder / str(number), output)
+        for i in range(len(result.tokens)):
+            for stream, cells in token_maps(result.tokens[i], height / width).items():
                 write_picture(folder / str(number) / f"{i} {stream}.png", Image.fromarray(cells))
 
 
@@ -180,7 +184,9 @@ def compress(cfg: DictConfig, fabric: Fabric, folder: Path, group: Group) -> Non
     batches, keys = [], []
     with all_or_none():
         own = of_task(cfg, "reconstruction", group.names[0])
-        for batch in images_of(own, fabric, group.field)[1]:
+        data = instantiate(OmegaConf.to_container(own.data, resolve=True) | {"fields": [group.field]})
+        place = {"rank": fabric.global_rank, "world_size": fabric.world_size}
+        for batch in Loader(data.evaluated, limit=cfg.limit, **data.options, **place):
             batches.append((batch[group.field] * 255).round().byte())
             keys.append(batch["key"])
     shape = fabric.broadcast(list(batches[0].shape[1:]) if batches else None)
@@ -201,8 +207,9 @@ def compress(cfg: DictConfig, fabric: Fabric, folder: Path, group: Group) -> Non
                     entry.score(restored, targets, targets, names)
                     if number == 0 and fabric.is_global_zero:
                         write_pictures(path.parent / path.stem, restored[: cfg.pictures])
-            report = entry.report()
-            report["metrics"]["bits"] = fit.bits
+            if states := on_first_rank([entry.state]):
+                report = entry.report(states)
+                report["metrics"]["bits"] = fit.bits
         if fabric.is_global_zero:
             write_json(path, report, allow_nan=False)
     fabric.barrier()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zoo.errors import ZooError
 from zoo.tokenizers.aurora.tokenizer import AuroraTokenizer
-from zoo.vocabulary import Stream, Vocabulary
+from zoo.vocabulary import Stream, Vocabulary, integers
 
 DEPTH_START, DEPTH_END, DEPTH_WORD = "<DEPTH_START>", "<DEPTH_END>", "<DEPTH_{}>"
 PIXEL_WORD = "<PIXEL_{}>"
@@ -71,10 +71,10 @@ def dequantize_boxes(words: Tensor, width: float, height: float) -> Tensor:
 
 def boxes_to_text(boxes: Tensor | Sequence[Sequence[int]]) -> str:
     """Boxes (M, 4) of words 0..335 to one line each, numbered from 1. Raises ZooError for other values."""
-    boxes = torch.as_tensor(boxes).view(-1, 4)
-    if boxes.is_floating_point() or (boxes.numel() and not 0 <= boxes.min() <= boxes.max() < PHOTO_SIDE):
-        raise ZooError(f"expected boxes of integers 0..{PHOTO_SIDE - 1}, got {boxes.tolist()}; see quantize_boxes.")
-    lines = (",".join(PIXEL_WORD.format(v) for v in box) for box in boxes.tolist())
+    boxes = integers(boxes, 0, PHOTO_SIDE, "boxes (M, 4), see quantize_boxes,")
+    if boxes.numel() and boxes.shape[-1:] != (4,):
+        raise ZooError(f"expected boxes (M, 4), got shape {tuple(boxes.shape)}.")
+    lines = (",".join(PIXEL_WORD.format(v) for v in box) for box in boxes.view(-1, 4).tolist())
     return "".join(f"Bounding box {k}: ({line})\n" for k, line in enumerate(lines, 1))
 
 
@@ -85,7 +85,7 @@ def text_to_boxes(text: str) -> Tensor:
     """
     boxes = []
     for number, body in re.findall(r"Bounding\s+box\s+(\d+)\s*:\s*\(([^)]*)\)?", text):
-        words = [int(v) for v in re.findall(r"<PIXEL_(\d+)>", body)]
+        words = [int(v) for v in re.findall(r"<PIXEL_(\d{1,18})>", body)]
         if len(words) != 4 or max(words) >= PHOTO_SIDE:
             raise ZooError(f"expected box {number} as four words <PIXEL_0> to <PIXEL_335>, got {body.strip()!r}.")
         boxes.append(words)

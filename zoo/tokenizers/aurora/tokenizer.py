@@ -251,6 +251,6 @@ PRESETS = {
             restart_below=1.0,
         ),
         "small depth tokenizer trained on the embedded scenes: 64 x 64, 64 words of 128",
-        Weights("aurora-tiny.safetensors"),
+        Weights("aurora-tiny.safetensors", "9afb38ea3141b14e2e3b54367d25d1ffb3f6466fc9eee8fd2a2998ce389c24bd"),
     ),
 }

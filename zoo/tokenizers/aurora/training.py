@@ -53,7 +53,6 @@ class AuroraTraining(TrainingModule):
             "loss": total.detach(),
             "reconstruction": reconstruction.detach(),
             "quantizer": output.quantizer_loss.detach(),
-            "perplexity": output.perplexity,
         }
         yield "tokenizer", total, logs
 

@@ -283,7 +283,7 @@ class DualTokenTokenizer(Tokenizer):
 
         Of the streams that are there. Raises ZooError for ids that are not this tokenizer's.
         """
-        ids = self.check_tokens(tokens, list(tokens.ids)).ids
+        ids = self.check_tokens(tokens, ()).ids
         return {name: self.quantizers[name].embeddings(one) for name, one in ids.items()}
 
     def check_tokens(self, tokens: Tokens, streams: Sequence[str] | None = None) -> Tokens:
@@ -355,6 +355,6 @@ PRESETS = {
             ),
         ),
         "small DualToken on siglip-tiny, trained on the embedded scenes: 64 x 64 images, 64 x 4 + 64 x 4 ids of 512",
-        Weights("dualtoken-tiny.safetensors"),
+        Weights("dualtoken-tiny.safetensors", "023dff39d62584837559e156b70fb2ff503522271f9dedcc2c09dc39d35cafdd"),
     ),
 }

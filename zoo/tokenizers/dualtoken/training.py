@@ -91,8 +91,6 @@ class DualTokenTraining(AutoencoderTraining):
         terms = self.terms(output, values)
         loss = sum(self.weights[name] * term for name, term in terms.items() if name in self.weights)
         logs = dict(terms)
-        for name, quantized in output.quantized.items():
-            logs |= {f"perplexity_{name}": quantized.perplexity, f"usage_{name}": quantized.usage}
         counts = self.discriminator is not None and self.global_step >= self.adversarial_start
         if counts:
             self.discriminator.requires_grad_(False)  # it needs no gradient here, and under DDP must have none
@@ -141,7 +139,8 @@ class DualTokenTraining(AutoencoderTraining):
 
 
 def distances(name: str, given: Tensor, wanted: Tensor) -> dict[str, Tensor]:
-    """Mean squared error, and minus the mean cosine similarity of the last axis."""
+    """Mean squared error, and minus the mean cosine similarity of the last axis, in float32."""
+    given, wanted = given.float(), wanted.float()
     return {
         f"{name}_mse": F.mse_loss(given, wanted),
         f"{name}_cosine": -F.cosine_similarity(given, wanted, dim=-1).mean(),

@@ -128,12 +128,12 @@ PRESETS |= {
         IBQTokenizer,
         TINY,
         "small IBQ trained on the embedded scenes: 64 x 64 images, 64 tokens of 1024 codes",
-        Weights("ibq-tiny.safetensors"),
+        Weights("ibq-tiny.safetensors", "dc177586a1e50740d703fa6fe355faf73c3bc2120590eb9bdb94eed43bd1072a"),
     ),
     "ett-tiny": Preset(
         IBQTokenizer,
         TINY,
         "ibq-tiny tuned by the captions of the embedded scenes: 64 x 64 images, 64 tokens of 1024 codes",
-        Weights("ett-tiny.safetensors"),
+        Weights("ett-tiny.safetensors", "35aeddf4cb8450776c04401e3d31f484294b9bb56bb0e058f71dc47394dcc5d6"),
     ),
 }

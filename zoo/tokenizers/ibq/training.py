@@ -29,6 +29,5 @@ class IBQTraining(AutoencoderTraining):
             "entropy": quantized.entropy,
             "sample_entropy": quantized.sample_entropy,
             "average_entropy": quantized.average_entropy,
-            "perplexity": quantized.perplexity,
         }
         return Regularized(reconstruction, loss, quantized.quantized.flatten(1, 2), logs)

@@ -526,6 +526,6 @@ PRESETS = {
             position_grid=16,
         ),
         "small KARL trained on the embedded scenes: 64 x 64 images, up to 64 tokens of 512 codes",
-        Weights("karl-tiny.safetensors"),
+        Weights("karl-tiny.safetensors", "c0e4abcf0220f97f41ee40f85ee435a06de83611b23dad73c9c24b53038e44b3"),
     ),
 }

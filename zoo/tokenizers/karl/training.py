@@ -87,6 +87,7 @@ def karl_pass(tokenizer: KarlTokenizer, grid: Tensor, bins: Tensor, length: int,
 
 def halting_loss(logits: Tensor, num_halted: int) -> Logs:
     """Cross entropies of halting logits (B, T): the last num_halted tokens should halt, the others should not."""
+    logits = logits.float()
     active, halted = logits[:, : logits.shape[1] - num_halted], logits[:, logits.shape[1] - num_halted :]
     losses = {"active": F.binary_cross_entropy_with_logits(active, torch.zeros_like(active))}
     if num_halted:
@@ -269,7 +270,7 @@ class KarlPretraining(KarlTraining):
         code = to_tokens(phase.code)
         if not isinstance(self.tokenizer.base, VQGANTokenizer):
             return {"code": F.mse_loss(code, target)}, {}, None
-        nll = F.cross_entropy(phase.output.flatten(0, 1), target.flatten())
+        nll = F.cross_entropy(phase.output.flatten(0, 1).float(), target.flatten())
         return {"nll": nll, "code": F.mse_loss(code, self.tokenizer.base.quantizer.codebook[target])}, {}, None
 
 

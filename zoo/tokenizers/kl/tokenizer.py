@@ -103,6 +103,6 @@ PRESETS = {
             scale_factor=0.62,
         ),
         "small KL autoencoder trained on the embedded scenes: 64 x 64 images, 64 latents of 8 values",
-        Weights("kl-tiny.safetensors"),
+        Weights("kl-tiny.safetensors", "60439f081fd6b69b1acde3efb43218ba9c8f2d9ba5eb155e68e1e0aefb6f9288"),
     ),
 }

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.errors import ZooError
-from zoo.flow import euler, falling, guide, guide_twice, interpolate, renormalize, velocity
+from zoo.errors import ZooError, expect_number
+from zoo.flow import check_steps, euler, falling, guide, guide_twice, interpolate, renormalize, velocity
 from zoo.nn.embedding import TimeEmbedding
 from zoo.nn.transformer import SwiGLU
 
@@ -227,9 +227,8 @@ class FlowHead(nn.Module):
                 raise ZooError(f"{name} is one condition for each of z {tuple(z.shape)}, got {tuple(other.shape)}.")
         if text_unconditional is not None and unconditional is None:
             raise ZooError("text_unconditional= is for guidance beside unconditional=, which is missing.")
-        if type(steps) is not int or steps < 1:
-            raise ZooError(f"num_steps must be an integer of at least 1, got {steps!r}.")
+        check_steps(steps)
+        expect_number("temperature", temperature, 0)
+        expect_number("time_shift", time_shift, 0)
         if not time_shift > 0:
             raise ZooError(f"time_shift must be above 0 (1: none), got {time_shift}.")
-        if not temperature >= 0:
-            raise ZooError(f"temperature must not be below 0, got {temperature}.")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, shortened
 from zoo.nn.autoencoder import to_tokens
 from zoo.nn.cache import Cache
 from zoo.nn.patches import unpatchify
@@ -323,6 +323,8 @@ class MingTokTokenizer(Tokenizer):
         Raises ZooError for features of another shape.
         """
         width = self.config.semantic_width
+        if not isinstance(features, Tensor) or not features.is_floating_point():
+            raise ZooError(f"{self.info.name} decodes float features (B, N, {width}), got {shortened(features)}.")
         if features.ndim != 3 or features.shape[2] != width or math.isqrt(features.shape[1]) ** 2 != features.shape[1]:
             raise ZooError(
                 f"{self.info.name} decodes features (B, N, {width}) of a square image in raster order, N a square "
@@ -369,6 +371,6 @@ PRESETS = {
             latent_scale=1.0,
         ),
         "small MingTok trained on the embedded scenes: 64 x 64 images, 64 latents of 8 values, features of 192",
-        Weights("mingtok-tiny.safetensors"),
+        Weights("mingtok-tiny.safetensors", "7bea769044e073e107d667dcbb7c202abb321504224ca93b17816b65b3757390"),
     ),
 }

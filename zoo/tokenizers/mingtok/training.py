@@ -119,7 +119,7 @@ class MingTokTraining(AutoencoderTraining):
         images, found = (values + 1) / 2, {}
         for name, teacher in self.teachers.items():
             projected = self.aids.projectors[name](predicted[name])
-            found[name] = (1 - F.cosine_similarity(projected, teacher(images), dim=-1)).mean()
+            found[name] = (1 - F.cosine_similarity(projected.float(), teacher(images).float(), dim=-1)).mean()
         return found
 
     def random_mask(self, batch: int, draws: torch.Generator) -> Tensor:

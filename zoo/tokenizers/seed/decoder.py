@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo import registry
-from zoo.errors import ZooError
-from zoo.flow import euler, falling, guide, interpolate
+from zoo.errors import ZooError, expect_number
+from zoo.flow import check_steps, euler, falling, guide, interpolate
 from zoo.nn.embedding import TimeEmbedding, sinusoids
 from zoo.nn.transformer import Attention, Mlp
 from zoo.tokenizer import Preset, Tokenizer, Tokens, Weights
@@ -278,10 +278,8 @@ class FlowDecoder(nn.Module):
             raise ZooError(f"{want}, got shape {tuple(embeddings.shape)}.")
         if not embeddings.isfinite().all():
             raise ZooError(f"{want}, got values that are not finite.")
-        if type(steps) is not int or steps < 1:
-            raise ZooError(f"num_steps must be an integer of at least 1, got {steps!r}.")
-        if not _is_number(guidance) or not 0 <= guidance < float("inf"):
-            raise ZooError(f"guidance must not be below 0 (1: none), got {guidance!r}.")
+        check_steps(steps)
+        expect_number("guidance", guidance, 0)
         if not _is_number(noise_level) or not 0 <= noise_level <= 1:
             raise ZooError(f"noise_level must be from 0 to 1, got {noise_level!r}.")
         if type(seed) is not int or seed < 0:
@@ -326,6 +324,6 @@ PRESETS = {
         FlowDecoder,
         FlowDecoderConfig(),
         "small unCLIP trained on the embedded scenes: embeddings of siglip-tiny to 64 x 64 images",
-        Weights("seed-tiny-decoder.safetensors"),
+        Weights("seed-tiny-decoder.safetensors", "5a7ba9a828a8d1a4adb867174ce309dab739472170c32a130b281e3505ee4130"),
     ),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ def load_decoder(source: str, shape: tuple[int, ...]) -> Any:
         return decoders.load(source)
     path = Path(source).expanduser()
     if path.is_file():
-        about = json.loads(weights.read(path)[1].get("zoo", "{}"))
-        if about.get("name") not in decoders.presets():
+        metadata = weights.read(path)[1]
+        about = weights.description(metadata, path, "name") if "zoo" in metadata else {"name": ""}
+        if about["name"] not in decoders.list():
             raise ZooError(f"{path} is no decoder that was trained here; name one, or the folder of a pipeline.")
         return decoders.load(about["name"], path)
     return unclip.load_decoder(source, shape)

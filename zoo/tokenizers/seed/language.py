@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from zoo.errors import ZooError
-from zoo.vocabulary import Stream, Vocabulary
+from zoo.vocabulary import Stream, Vocabulary, integers
 
 TEXT_SIZE, NUM_CODES, LENGTH = 32000, 8192, 32
 """Words of LLaMA, codes of the codebook, and codes of an image."""
@@ -26,10 +25,7 @@ def seed_vocabulary(text_size: int = TEXT_SIZE, num_codes: int = NUM_CODES) -> V
 
 def ids_to_text(ids: Tensor | Sequence[int], num_codes: int = NUM_CODES) -> str:
     """The ids of one image to "<img><img_00017>...</img>". Raises ZooError for one beyond the codebook."""
-    ids = torch.as_tensor(ids)
-    if ids.is_floating_point() or (ids.numel() and not 0 <= ids.min() <= ids.max() < num_codes):
-        raise ZooError(f"expected ids of an image, integers 0..{num_codes - 1}, got {ids.flatten().tolist()[:40]}.")
-    return seed_streams(num_codes)[0].to_text(ids)
+    return seed_streams(num_codes)[0].to_text(integers(ids, 0, num_codes, "ids of an image"))
 
 
 def text_to_ids(text: str, length: int = LENGTH, num_codes: int = NUM_CODES) -> Tensor:

@@ -451,6 +451,6 @@ PRESETS = {
             decoder="seed-tiny-decoder",
         ),
         "small SEED trained on the embedded scenes and their captions: 64 x 64 images, 32 ids of 512",
-        Weights("seed-tiny.safetensors"),
+        Weights("seed-tiny.safetensors", "7e693e96f521f0db882629896d5287320454157d9a18585c4e9827a96eb7f808"),
     ),
 }

@@ -253,10 +253,10 @@ class SeedCodebookTraining(SeedTraining):
         self.train()  # Lightning leaves modes as they are
 
     def losses(self, batch: dict) -> Losses:
-        terms, output = self.terms(self.tokenizer.to_values(batch["image"]), self.embedded(batch))
+        terms, _ = self.terms(self.tokenizer.to_values(batch["image"]), self.embedded(batch))
         loss = sum(terms.values())
         logs = {name: term.detach() for name, term in terms.items()}
-        yield "tokenizer", loss, logs | {"loss": loss.detach(), "perplexity": output.quantized.perplexity}
+        yield "tokenizer", loss, logs | {"loss": loss.detach()}
 
     def embedded(self, batch: dict) -> Tensor:
         """What the target says of a batch."""
@@ -270,7 +270,8 @@ class SeedCodebookTraining(SeedTraining):
         output = self.tokenizer(queries)
         terms = {"codebook": output.quantized.loss, "embedding": F.mse_loss(output.embedding, embedding)}
         if output.reconstruction is not None:
-            terms["queries"] = 1 - F.cosine_similarity(output.reconstruction, queries, dim=-1, eps=0.0).mean()
+            cosines = F.cosine_similarity(output.reconstruction.float(), queries.float(), dim=-1, eps=0.0)
+            terms["queries"] = 1 - cosines.mean()
         return {name: weight * terms[name] for name, weight in self.weights.items()}, output
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:

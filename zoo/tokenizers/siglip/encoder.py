@@ -210,6 +210,6 @@ PRESETS = {
             vocabulary=tuple(SCENE_WORDS.split()),
         ),
         "small SigLIP trained on the embedded scenes and their captions: 64 x 64 images",
-        Weights("siglip-tiny.safetensors"),
+        Weights("siglip-tiny.safetensors", "ee75107b4ea4a40c9aed1ba7015b385376a29833c4a01cd5dd7eb9d6af74abb2"),
     ),
 }

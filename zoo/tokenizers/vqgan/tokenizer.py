@@ -99,6 +99,6 @@ PRESETS = {
             restart_below=1.0,
         ),
         "small VQGAN trained on the embedded scenes: 64 x 64 images, 64 tokens of 512 codes",
-        Weights("vqgan-tiny.safetensors"),
+        Weights("vqgan-tiny.safetensors", "0219b236d8387b431a45d53fe80730ab77b78bb6bbe75ed62a2d39d85c27b909"),
     ),
 }

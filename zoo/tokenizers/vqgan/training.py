@@ -10,5 +10,5 @@ class VQGANTraining(AutoencoderTraining):
 
     def regularized(self, values: Tensor) -> Regularized:
         reconstruction, quantized = self.tokenizer(values)
-        logs = {"quantizer": quantized.loss, "perplexity": quantized.perplexity}
-        return Regularized(reconstruction, quantized.loss, quantized.quantized.flatten(1, 2), logs)
+        codes = quantized.quantized.flatten(1, 2)
+        return Regularized(reconstruction, quantized.loss, codes, {"quantizer": quantized.loss})

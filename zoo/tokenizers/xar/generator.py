@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from zoo.errors import ZooError
-from zoo.flow import euler, euler_maruyama, guide, heun, linear_scale
+from zoo.errors import ZooError, expect_number, shortened
+from zoo.flow import check_steps, euler, euler_maruyama, guide, heun, linear_scale
 from zoo.nn.autoencoder import to_tokens
 from zoo.nn.cache import Cache
 from zoo.nn.embedding import TimeEmbedding
@@ -295,12 +295,12 @@ class XARGenerator(nn.Module):
 
     def check_settings(self, num_steps: int | None, guidance: float | None, sampler: str) -> None:
         """Raise ZooError for settings of `sample` that it does not take."""
-        if num_steps is not None and (type(num_steps) is not int or num_steps < 2):
-            raise ZooError(f"num_steps must be an integer of at least 2, got {num_steps!r}.")
-        if guidance is not None and not guidance >= 0:  # false for NaN too
-            raise ZooError(f"guidance must not be below 0, got {guidance}.")
-        if sampler not in SAMPLERS:
-            raise ZooError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
+        if num_steps is not None:
+            check_steps(num_steps, least=2)
+        if guidance is not None:
+            expect_number("guidance", guidance, 0)
+        if not isinstance(sampler, str) or sampler not in SAMPLERS:
+            raise ZooError(f"sampler must be one of {', '.join(SAMPLERS)}, got {shortened(sampler)}.")
 
     def generate(self, labels: Tensor, **arguments) -> Tokens:
         """Tokens that the tokenizer decodes, for labels (B,) in 0..num_classes; others: of `sample`."""
@@ -329,8 +329,13 @@ class XARGenerator(nn.Module):
                 its batch.
         """
         self.check_settings(num_steps, guidance, sampler)
-        if labels.ndim != 1 or labels.is_floating_point() or ((labels < 0) | (labels > self.no_class)).any():
-            raise ZooError(f"labels are integers (B,) from 0 to {self.no_class} (no class), got {labels.tolist()}.")
+        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype != torch.int64 or not len(labels):
+            raise ZooError(f"labels are integers, int64 (B,), one for each image, got {shortened(labels)}.")
+        if not 0 <= labels.min() <= labels.max() <= self.no_class:
+            raise ZooError(f"labels are integers (B,) from 0 to {self.no_class} (no class), got {shortened(labels)}.")
+        drawing = generator if isinstance(generator, (list, tuple)) else [generator] * len(labels)
+        if len(drawing) != len(labels) or not all(one is None or isinstance(one, torch.Generator) for one in drawing):
+            raise ZooError(f"generator is a torch.Generator, or a list of {len(labels)}, got {shortened(generator)}.")
         c, lengths = self.config, self.partition.lengths
         steps = c.num_steps if num_steps is None else num_steps
         scale = c.guidance if guidance is None else guidance
@@ -467,6 +472,6 @@ PRESETS = {
             guidance=2.0,
         ),
         "small generator trained on the embedded scenes: 64 x 64 images by the colour that covers most",
-        Weights("xar-tiny.safetensors"),
+        Weights("xar-tiny.safetensors", "baf8195fa89dce095480fdeb8df8829c616072c2066ea03be421178dcb568cea"),
     )
 }
