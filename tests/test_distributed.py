@@ -3,6 +3,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from zoo.distributed import (
+    all_or_none,
     from_first_rank,
     gather_over_ranks,
     leave,
@@ -11,6 +12,17 @@ from zoo.distributed import (
     sum_over_ranks,
     world_size,
 )
+from zoo.errors import ZooError
+
+
+def failure(rank: int) -> str | None:
+    """What a rank raises where only rank 1 fails."""
+    try:
+        with all_or_none():
+            if rank == 1:
+                raise KeyError("lost")
+    except (KeyError, ZooError) as error:
+        return repr(error)
 
 
 def results(rank: int) -> dict:
@@ -25,6 +37,7 @@ def results(rank: int) -> dict:
         "first": from_first_rank(torch.tensor([[1, 2], [3, 4]]).T + rank).tolist(),
         "gathered": gather_over_ranks(torch.tensor([[1, 2]]) + rank).tolist(),
         "rows": rows_of_all_ranks(rows, torch.tensor([1, 0, world_size() * 2 - 1])).tolist(),
+        "failure": failure(rank),
     }
 
 
@@ -47,6 +60,7 @@ def test_every_rank_gets_what_all_ranks_have_together(tmp_path):
             "first": [[1, 3], [2, 4]],
             "gathered": [[1, 2], [2, 3]],
             "rows": [[2, 3], [0, 1], [12, 13]],
+            "failure": ["ZooError(\"rank 1 failed with KeyError: 'lost'\")", "KeyError('lost')"][rank],
         }
 
 

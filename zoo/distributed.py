@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from zoo.errors import ZooError
 
 
 def world_size() -> int:
@@ -73,6 +78,27 @@ def on_first_rank(items: list) -> list | None:
     lists = [None] * world_size() if rank() == 0 else None
     dist.gather_object(items, lists)
     return lists and [item for one in lists for item in one]
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """A block without collectives that fails on every rank when it fails on one, so that none waits for another.
+
+    The error of a rank is its own; the others raise ZooError with the first of them.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if world_size() > 1:
+        reasons = [None] * world_size()
+        dist.all_gather_object(reasons, error and f"{type(error).__name__}: {error}")
+        failed = [(number, reason) for number, reason in enumerate(reasons) if reason]
+        if failed and error is None:
+            raise ZooError("rank {} failed with {}".format(*failed[0]))
+    if error is not None:
+        raise error
 
 
 class _Gather(torch.autograd.Function):

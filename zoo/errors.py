@@ -13,6 +13,10 @@ class ZooError(ValueError):
     """
 
 
+class NotThere(ZooError):
+    """What a system does not have was asked of it: features, or a text side."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """End of a sentence about a misspelt name: "; did you mean A or B?", or the names there are when none is close."""
     names = sorted(set(names))

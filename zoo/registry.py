@@ -247,10 +247,19 @@ def resource(folder: str) -> Path:
     return next((p for p in (package / folder, package.parent / folder) if p.is_dir()), package / folder)
 
 
+def is_hub(location: str) -> bool:
+    return location.startswith("hf://")
+
+
 def has_weights(preset: Preset) -> bool:
     """Whether a program can load weights by the name alone: shipped with the package, or on a hub."""
     location = preset.weights and preset.weights.location
-    return bool(location) and (location.startswith("hf://") or (resource("checkpoints") / location).is_file())
+    return bool(location) and (is_hub(location) or (resource("checkpoints") / location).is_file())
+
+
+def is_here(preset: Preset) -> bool:
+    """Whether its weights are on this machine: shipped with the package, or in the cache of the hub."""
+    return has_weights(preset) and (not is_hub(preset.weights.location) or files.in_cache(preset.weights.location))
 
 
 tokenizers, generators = Registry("tokenizer"), Registry("generator")

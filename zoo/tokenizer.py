@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from zoo.errors import ZooError, nearest, one_line, shortened
+from zoo.errors import NotThere, ZooError, nearest, one_line, shortened
 from zoo.files import expect_file, writing
 from zoo.hub import HubModel
 
@@ -296,7 +296,7 @@ class ImageReader(HubModel, nn.Module):
         return self._features(self.check_images(images), **settings)
 
     def _features(self, images: Tensor) -> Tensor:
-        raise ZooError(f"{self.info.name} has no features for understanding; it encodes and decodes only.")
+        raise NotThere(f"{self.info.name} has no features for understanding; it encodes and decodes only.")
 
     @torch.no_grad()
     def encode_image(self, images: Tensor, **settings) -> Tensor:
@@ -321,10 +321,10 @@ class ImageReader(HubModel, nn.Module):
         return images @ texts.T
 
     def _encode_image(self, images: Tensor) -> Tensor:
-        raise ZooError(f"{self.info.name} has no text side; its images have no embedding to compare with texts.")
+        raise NotThere(f"{self.info.name} has no text side; its images have no embedding to compare with texts.")
 
     def _encode_text(self, texts: Sequence[str]) -> Tensor:
-        raise ZooError(f"{self.info.name} has no text side; it reads images only.")
+        raise NotThere(f"{self.info.name} has no text side; it reads images only.")
 
     def check_texts(self, texts: Sequence[str]) -> Sequence[str]:
         """The texts; ZooError when they are no list of at least one."""

@@ -220,15 +220,30 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _download(location: str | Path, name: str) -> Path:
+def in_cache(location: str) -> bool:
+    """Whether the file of a hub location was downloaded before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, file, revision = _on_hub(location)
+    return isinstance(try_to_load_from_cache(repository, file, **revision), str)
+
+
+def _on_hub(location: str | Path) -> tuple[str, str, dict]:
+    """Repository, file and revision of "hf://owner/name@commit/file"."""
     parts = str(location).removeprefix("hf:/").lstrip("/").split("/")
     if len(parts) < 3:
         raise ZooError(
             f"a hub location is 'hf://owner/name/file' or 'hf://owner/name@commit/file', got {shortened(location)}."
         )
     repository, revision = pinned("/".join(parts[:2]))
-    advice = f"download it for {name} where there is a network and pass weights='path/to/{shortened(parts[-1])[1:-1]}'"
-    return file_of(repository, "/".join(parts[2:]), advice, **revision)
+    return repository, "/".join(parts[2:]), revision
+
+
+def _download(location: str | Path, name: str) -> Path:
+    repository, file, revision = _on_hub(location)
+    where = shortened(Path(file).name)[1:-1]
+    advice = f"download it for {name} where there is a network and pass weights='path/to/{where}'"
+    return file_of(repository, file, advice, **revision)
 
 
 def _first(names: list[str], count: int = 10) -> str:

@@ -97,11 +97,14 @@ def store_presets() -> None:
     store = ConfigStore.instance()
     for registry in KINDS:
         stored = store.repo.get(registry.kind, {})
-        for name, one in registry.presets().items():
-            if f"{name}.yaml" in stored:
-                continue
-            node = {"_target_": f"zoo.create_{registry.kind}", "name": name} | config_fields(one.config)
-            store.store(group=registry.kind, name=name, node=node)
+        for name in registry.presets():
+            if f"{name}.yaml" not in stored:
+                store.store(group=registry.kind, name=name, node=preset_node(name, registry))
+
+
+def preset_node(name: str, registry: Registry = tokenizers) -> dict:
+    """What a configuration holds of a preset under its kind."""
+    return {"_target_": f"zoo.create_{registry.kind}", "name": name} | config_fields(registry.preset(name).config)
 
 
 def changed_fields(node: DictConfig, registry: Registry = tokenizers) -> dict:

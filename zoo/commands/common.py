@@ -108,6 +108,10 @@ def about_file(path: Path) -> dict:
     return {"file": path.name, "sha256": sha256_of(path)}
 
 
+def about_rows(rows: Iterable[Row]) -> dict:
+    return {row.name: {"title": row.title, "better": row.better, "format": row.format} for row in rows}
+
+
 def about_the_run(fabric: Fabric) -> dict:
     cuda = fabric.device.type == "cuda"
     packages = {"torch": "torch", "zoo": "tokenizer-zoo", "torchmetrics": "torchmetrics", "lightning": "lightning"}

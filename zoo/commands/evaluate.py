@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
+from lightning.fabric import Fabric
 from lightning.fabric.utilities import move_data_to_device
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -26,6 +27,7 @@ from zoo.commands.common import (
     COLUMNS,
     DTYPES,
     about_file,
+    about_rows,
     about_the_run,
     decisive,
     expect_one_of,
@@ -36,17 +38,18 @@ from zoo.commands.common import (
 )
 from zoo.commands.progress import SharedBatches
 from zoo.commands.understanding import TASKS, understanding
+from zoo.distributed import all_or_none
 from zoo.errors import ZooError, expect_integer, nearest
 from zoo.files import write_json
 from zoo.metrics.base import Row
-from zoo.metrics.cost import Cost, timed
+from zoo.metrics.cost import Cost, reset_peak, timed
 from zoo.metrics.frechet import FrechetDistance
 from zoo.metrics.pictures import draw_rate_distortion, draw_reconstructions
 from zoo.metrics.storage import FORMATS
 from zoo.metrics.thumbnail import ThumbnailSize, thumbnail
 from zoo.metrics.tokens import TokenStatistics, numbers
 from zoo.registry import load_tokenizer, weights_path
-from zoo.tokenizer import Tokenizer, TokenizerInfo, Tokens
+from zoo.tokenizer import Tokenizer, Tokens
 from zoo.weights import MissingWeights
 
 SWEPT = {
@@ -61,9 +64,12 @@ SWEPT = {
 
 
 class Entry:
-    """A row of the report: all that is measured of the tokenizer under some settings, or of its thumbnail."""
+    """A row of the report: all that is measured of the tokenizer under some settings, or of a baseline.
 
-    def __init__(self, name: str, settings: dict, metrics: Mapping, statistics: list[Metric], info: TokenizerInfo):
+    kind: what it decodes to, as in TokenizerInfo.
+    """
+
+    def __init__(self, name: str, settings: dict, metrics: Mapping, statistics: list[Metric], kind: str):
         self.name, self.settings, self.statistics = name, settings, statistics
         self.metrics: list[Metric] = []
         self.rows: list[Row] = []
@@ -77,10 +83,10 @@ class Entry:
                     raise
                 metric = get_class(node["_target_"])  # knows which numbers will be missing
                 self.missing |= {row.name: str(error.__cause__) for row in metric.rows}
-            if info.decodes_to not in metric.kinds:
+            if kind not in metric.kinds:
                 raise ZooError(
-                    f"metrics.{key} is for tokenizers that decode to {' or '.join(metric.kinds)}, and {info.name} "
-                    f"decodes to {info.decodes_to}; leave it out, or use metrics=auto."
+                    f"metrics.{key} is for tokenizers that decode to {' or '.join(metric.kinds)}, and {name} "
+                    f"decodes to {kind}; leave it out, or use metrics=auto."
                 )
             self.rows += metric.rows
 
@@ -141,59 +147,104 @@ def reconstruction(cfg: DictConfig) -> dict:
             f"{cfg.encoder.name} is an encoder, which reconstructs nothing; use task=zeroshot or task=probe, or say "
             "tokenizer=NAME."
         )
-    overrides = cli.changed_fields(cfg.tokenizer)
-    tokenizer = load_tokenizer(cfg.tokenizer.name, weights=cfg.weights, **overrides)
+    tokenizer = load_tokenizer(cfg.tokenizer.name, weights=cfg.weights, **cli.changed_fields(cfg.tokenizer))
+    subject = prepared(cfg, tokenizer)
+    fabric = start(cfg)
+    report, shown = measured(cfg, fabric, subject)
+    if fabric.is_global_zero:
+        write(report, {row.name: row for entry in subject.entries for row in entry.rows}, shown, cfg)
+        shutil.rmtree(progress_of(cfg))
+    return report
+
+
+class Subject(NamedTuple):
+    """What is measured: a tokenizer, and for each setting of its encode an entry and that of its thumbnail."""
+
+    tokenizer: Tokenizer
+    metrics: dict
+    pairs: list[tuple[Entry, Entry | None]]
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [entry for pair in self.pairs for entry in pair if entry]
+
+
+class Shown(NamedTuple):
+    """The first images and their names, and what came of them under each setting."""
+
+    images: Tensor
+    keys: list[str]
+    results: list[Result]
+
+
+def prepared(cfg: DictConfig, tokenizer: Tokenizer) -> Subject:
+    """What cfg says is to be measured of a tokenizer. Raises ZooError for settings or measures that do not fit it."""
     info = tokenizer.info
-    metrics = chosen_metrics(cfg.metrics, info)
+    metrics = chosen_metrics(cfg.metrics, info.decodes_to)
     pairs = []
     for settings in combinations(cfg.encode, tokenizer):
-        entry, baseline = Entry(info.name, settings, metrics, [TokenStatistics(info), Cost()], info), None
+        entry = Entry(info.name, settings, metrics, [TokenStatistics(info), Cost()], info.decodes_to)
+        baseline = None
         if cfg.baseline and info.decodes_to != "embedding":
-            baseline = Entry("thumbnail", settings, metrics, [ThumbnailSize()], info)
+            baseline = Entry("thumbnail", settings, metrics, [ThumbnailSize()], info.decodes_to)
         pairs.append((entry, baseline))
-    entries = [entry for pair in pairs for entry in pair if entry]
+    return Subject(tokenizer, metrics, pairs)
 
-    fabric = start(cfg)
+
+def measured(cfg: DictConfig, fabric: Fabric, subject: Subject) -> tuple[dict, Shown | None]:
+    """The report over all ranks, and on the first one cfg.pictures images; None on the others.
+
+    What was measured so far stays in `progress_of` cfg, to be removed when the report is safe. Raises ZooError, on
+    every rank, where there is no image to score.
+    """
+    tokenizer, entries, info = subject.tokenizer, subject.entries, subject.tokenizer.info
     tokenizer.to(fabric.device, DTYPES[cfg.dtype])
     for entry in entries:
         entry.to(fabric.device)
     source = OmegaConf.to_container(cfg.data, resolve=True) | {"fields": [info.input]}
     data = instantiate(source)
-    about = protocol(cfg, source, overrides, metrics)
-    measured = [[type(metric).__name__ for metric in entry.metrics] for entry in entries]  # what has its weights
+    about = protocol(cfg, source, subject)
+    found = [[type(metric).__name__ for metric in entry.metrics] for entry in entries]  # what has its weights
     batches = SharedBatches(
-        fabric, Path(cfg.output_dir) / "progress", about | {"measured": measured}, data.evaluated, data.options, cfg,
+        fabric, progress_of(cfg), about | {"measured": found}, data.evaluated, data.options, cfg,
         lambda: [entry.state for entry in entries],
     )  # fmt: skip
     warm = False
-    for _, batch in batches:
-        images, keys = batch[info.input].to(fabric.device), batch["key"]
-        if not warm:  # no first call is timed
-            for entry, _ in pairs:
-                through(tokenizer, images, entry.settings)
-            warm = True
-        for entry, baseline in pairs:
-            score(tokenizer, images, keys, entry, baseline, cfg.stored_as)
+    reset_peak(fabric.device)
+    with all_or_none():
+        for _, batch in batches:
+            images, keys = batch[info.input].to(fabric.device), batch["key"]
+            if not warm:  # no first call is timed
+                for entry, _ in subject.pairs:
+                    through(tokenizer, images, entry.settings)
+                warm = True
+            for entry, baseline in subject.pairs:
+                score(tokenizer, images, keys, entry, baseline, cfg.stored_as)
 
-    states, report = batches.found(), None
+    states, report, shown = batches.found(), None, None
     if states:
         rows = [entry.report([state[i] for state in states]) for i, entry in enumerate(entries)]
         if count := int(rows[0]["metrics"]["images"]):
-            images = batches.first()[info.input].to(fabric.device)
+            first = batches.first()
+            images = first[info.input].to(fabric.device)
             report = {
                 "protocol": about | {"images": count, "image_size": list(images.shape[-2:])},
                 "run": about_the_run(fabric),
-                "measures": {row.name: {"title": row.title, "better": row.better} for e in entries for row in e.rows},
+                "measures": about_rows(row for entry in entries for row in entry.rows),
                 "rows": rows,
             }
-            shown = images[: cfg.pictures or 0]
-            results = [reconstruct(tokenizer, shown, *pair, cfg.stored_as) for pair in pairs] if len(shown) else []
-            write(report, {row.name: row for entry in entries for row in entry.rows}, shown, results, cfg)
-            shutil.rmtree(batches.folder)
+            images = images[: cfg.pictures or 0]
+            pairs = subject.pairs if len(images) else ()
+            results = [reconstruct(tokenizer, images, *pair, cfg.stored_as) for pair in pairs]
+            shown = Shown(images, first["key"][: len(images)], results)
     report = fabric.broadcast(report)
     if report is None:
         raise ZooError(f"no image to score came from data={source}.")
-    return report
+    return report, shown
+
+
+def progress_of(cfg: DictConfig) -> Path:
+    return Path(cfg.output_dir) / "progress"
 
 
 def score(tokenizer, images: Tensor, keys: list[str], entry: Entry, baseline: Entry | None, stored_as: str | None):
@@ -253,10 +304,10 @@ def check(cfg: DictConfig) -> None:
     expect_integer("save_every", cfg.save_every, 0)
 
 
-def chosen_metrics(node: DictConfig, info: TokenizerInfo) -> dict:
-    """The measures by name: under "auto" those that fit the tokenizer, and with them the ones asked for beside it."""
+def chosen_metrics(node: DictConfig, kind: str) -> dict:
+    """The measures by name: under "auto" those for what is decoded, and with them the ones asked for beside it."""
     metrics = OmegaConf.to_container(node, resolve=True)
-    return metrics.pop("auto", {}).get(info.decodes_to, {}) | metrics
+    return metrics.pop("auto", {}).get(kind, {}) | metrics
 
 
 def combinations(encode: DictConfig, tokenizer: Tokenizer) -> list[dict]:
@@ -270,12 +321,12 @@ def combinations(encode: DictConfig, tokenizer: Tokenizer) -> list[dict]:
     return [dict(zip(settings, chosen, strict=True)) for chosen in itertools.product(*values)]
 
 
-def protocol(cfg: DictConfig, source: dict, overrides: dict, metrics: dict) -> dict:
+def protocol(cfg: DictConfig, source: dict, subject: Subject) -> dict:
     """All that decides the numbers: reports whose protocols are equal can be compared."""
     return {
         "task": "reconstruction",
         "tokenizer": cfg.tokenizer.name,
-        "overrides": overrides,
+        "overrides": cli.changed_fields(cfg.tokenizer),
         "weights": about_file(weights_path(cfg.tokenizer.name, cfg.weights)),
         "encode": OmegaConf.to_container(cfg.encode, resolve=True),
         "data": decisive(source),
@@ -284,22 +335,22 @@ def protocol(cfg: DictConfig, source: dict, overrides: dict, metrics: dict) -> d
         "scored": "the crop that went into the tokenizer against its reconstruction, clamped to [0, 1]",
         "stored_as": cfg.stored_as,
         "thumbnail": "bicubic, with as many numbers as ids or latent values, each kept as a 32-bit float",
-        "metrics": metrics,
+        "metrics": subject.metrics,
         "limit": cfg.limit,
         "dtype": cfg.dtype,
         "seed": cfg.seed,
     }
 
 
-def write(report: dict, rows: dict[str, Row], images: Tensor, results: list[Result], cfg: DictConfig) -> None:
+def write(report: dict, rows: dict[str, Row], shown: Shown, cfg: DictConfig) -> None:
     """metrics.json, a picture of images for each setting and one of all settings, and the tables on the terminal."""
     folder = Path(cfg.output_dir)
     write_json(folder / "metrics.json", report, allow_nan=False)
-    for i, result in enumerate(results, 1):
+    for i, result in enumerate(shown.results, 1):
         if result.outputs:
-            path = folder / ("reconstructions.png" if len(results) == 1 else f"reconstructions-{i}.png")
+            path = folder / ("reconstructions.png" if len(shown.results) == 1 else f"reconstructions-{i}.png")
             outputs = {label(entry.name, entry.settings): output for entry, output in result.outputs.items()}
-            draw_reconstructions(path, images, outputs, result.tokens)
+            draw_reconstructions(path, shown.images, outputs, result.tokens)
     console = Console(highlight=False)
     about, (height, width) = report["protocol"], report["protocol"]["image_size"]
     title = f"{about['tokenizer']}: {about['images']} images of {height} x {width} pixels"

@@ -19,11 +19,21 @@ from rich.progress import track
 from torch import Tensor
 
 from zoo.commands import cli
-from zoo.commands.common import DTYPES, about_file, about_the_run, decisive, expect_one_of, preparation, start, table
+from zoo.commands.common import (
+    DTYPES,
+    about_file,
+    about_rows,
+    about_the_run,
+    decisive,
+    expect_one_of,
+    preparation,
+    start,
+    table,
+)
 from zoo.commands.progress import SharedBatches
 from zoo.data import ZooDataModule, joined
 from zoo.data.questions import Labels, Question
-from zoo.distributed import on_first_rank
+from zoo.distributed import all_or_none, on_first_rank
 from zoo.errors import ZooError
 from zoo.files import write_json
 from zoo.metrics.base import Row
@@ -31,7 +41,7 @@ from zoo.metrics.pictures import draw_ranking
 from zoo.metrics.probe import most_frequent, probe
 from zoo.metrics.retrieval import chance_at, recall_at, recalls
 from zoo.metrics.zeroshot import text_classifier
-from zoo.registry import encoders, tokenizers
+from zoo.registry import Registry, encoders, tokenizers
 from zoo.tokenizer import ImageReader
 
 KS = (1, 5)
@@ -51,20 +61,33 @@ def understanding(cfg: DictConfig) -> dict:
     """
     check(cfg)
     registry, node = (encoders, cfg.encoder) if cfg.get("encoder") else (tokenizers, cfg.tokenizer)
-    overrides = cli.changed_fields(node, registry)
     labels = asked(instantiate(cfg.labels), cfg.task)
-    reader = registry.load(node.name, cfg.weights, **overrides)
+    reader = registry.load(node.name, cfg.weights, **cli.changed_fields(node, registry))
+    report, rows = understood(cfg, start(cfg), registry, reader, labels)
+    if rows:
+        write(report, rows, Path(cfg.output_dir))
+        shutil.rmtree(Path(cfg.output_dir) / "progress")
+    return report
+
+
+def understood(
+    cfg: DictConfig, fabric: Fabric, registry: Registry, reader: ImageReader, labels: Labels
+) -> tuple[dict, list[Row] | None]:
+    """The report, on every rank, and the rows of its table, None but on the first rank.
+
+    What was read so far stays in output_dir/progress, to be removed when the report is safe.
+    """
     fields = [reader.info.input, *(field for question in labels.questions for field in question.fields)]
     fields = list(dict.fromkeys([*fields, "caption"] if labels.captions else fields))
     source = OmegaConf.to_container(cfg.data, resolve=True) | {"fields": fields}
     data = instantiate(source)
-    fabric = start(cfg)
     reader.to(fabric.device, DTYPES[cfg.dtype])
 
+    node = cfg[registry.kind]
     about = {
         "task": cfg.task,
         registry.kind: node.name,
-        "overrides": overrides,
+        "overrides": cli.changed_fields(node, registry),
         "weights": about_file(registry.weights_path(node.name, cfg.weights)),
         "data": decisive(source),
         "labels": OmegaConf.to_container(cfg.labels, resolve=True),
@@ -74,18 +97,16 @@ def understanding(cfg: DictConfig) -> dict:
     }
     read = partial(read_part, cfg, fabric, about, data.options)
     found = TASKS[cfg.task](cfg, fabric, reader, labels, data, read)
-    report = None
+    report, rows = None, None
     if found:
         about_task, rows, entries = found
         report = {
             "protocol": about | about_task,
             "run": about_the_run(fabric),
-            "measures": {row.name: {"title": row.title, "better": row.better} for row in rows},
+            "measures": about_rows(rows),
             "rows": [entry(name, metrics) for name, metrics in entries.items()],
         }
-        write(report, rows, Path(cfg.output_dir))
-        shutil.rmtree(Path(cfg.output_dir) / "progress")
-    return fabric.broadcast(report)
+    return fabric.broadcast(report), rows
 
 
 def check(cfg: DictConfig) -> None:
@@ -124,8 +145,9 @@ def read_part(
     batches = SharedBatches(
         fabric, Path(cfg.output_dir) / "progress" / part, about, source, options, cfg, state=lambda: seen
     )
-    for number, batch in batches:
-        seen[number] = look(batch)
+    with all_or_none():
+        for number, batch in batches:
+            seen[number] = look(batch)
     states = batches.found()
     found = states and {number: one for state in states for number, one in state.items()}
     if not fabric.broadcast(bool(found)):
@@ -229,7 +251,9 @@ def embed_texts(reader: ImageReader, texts: Sequence[Sequence[str]], size: int, 
     flat = [text for one in texts for text in one]
     begin, end = (len(flat) * r // fabric.world_size for r in (fabric.global_rank, fabric.global_rank + 1))
     chunks = track(range(begin, end, size), "texts", disable=not fabric.is_global_zero, transient=True)
-    parts = on_first_rank([reader.encode_text(flat[i : min(i + size, end)]).float().cpu() for i in chunks])
+    with all_or_none():
+        own = [reader.encode_text(flat[i : min(i + size, end)]).float().cpu() for i in chunks]
+    parts = on_first_rank(own)
     return parts and torch.cat(parts).unflatten(0, (len(texts), -1))
 
 

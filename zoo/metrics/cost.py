@@ -1,6 +1,9 @@
+import gc
 import resource
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,11 +22,29 @@ def timed(device: torch.device, function, *args, **kwargs):
     return result, time.perf_counter() - start
 
 
+def reset_peak(device: torch.device) -> None:
+    """Forget the peak of memory so far; on the CPU this is possible on Linux only, and elsewhere nothing happens."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        gc.collect()
+        with suppress(OSError):  # not in every container
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_of_process() -> int:
+    """The largest resident size in bytes."""
+    if sys.platform == "linux":  # where getrusage begins with that of the process which started this one
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 class Cost(Metric):
     """Images per second on one device for encode and for decode, and the peak of memory in MiB.
 
-    Memory is what PyTorch allocated at the most on a CUDA device, and elsewhere the largest resident size that the
-    whole process ever had; over several ranks it is that of the hungriest.
+    Memory is what PyTorch allocated at the most on a CUDA device, and elsewhere the largest resident size of the whole
+    process, since `reset_peak`; over several ranks it is that of the hungriest.
     """
 
     full_state_update = False
@@ -48,10 +69,8 @@ class Cost(Metric):
         self.images += images
         self.encode += encode
         self.decode += decode
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device)
-        else:  # kilobytes on Linux, bytes on macOS
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        cuda = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) if cuda else peak_of_process()
         self.peak.clamp_(min=peak / 2**20)
 
     def compute(self) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from torch.nn.functional import interpolate
 from torchmetrics import Metric
 
 from zoo.metrics.base import Row
+from zoo.metrics.storage import png
 
 
 def thumbnail_shape(numbers: int, channels: int, height: int, width: int) -> tuple[int, int]:
@@ -16,12 +17,13 @@ def thumbnail_shape(numbers: int, channels: int, height: int, width: int) -> tup
     return min(pixels // columns, height), columns
 
 
-def thumbnail(images: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+def thumbnail(images: Tensor, numbers: Tensor, in_bytes: bool = False) -> tuple[Tensor, Tensor]:
     """The baseline of a tokenizer: each image by a bicubic thumbnail with as many numbers as its tokens hold.
 
     Takes images (B, C, H, W) in [0, 1] and how many numbers each may keep, (B,). Returns the thumbnails scaled up
     again, (B, C, H, W) in [0, 1], and how many numbers they have, (B,). A number of the thumbnail is a float while an
-    id has a few bits: the baseline is given more than the tokenizer, and a tokenizer worth its name is above it.
+    id has a few bits: the baseline is given more than the tokenizer, and a tokenizer worth its name is above it. With
+    in_bytes each number is rounded to one of 256 values.
     """
     restored, used = torch.empty_like(images), torch.empty_like(numbers)
     channels, height, width = images.shape[1:]
@@ -29,6 +31,8 @@ def thumbnail(images: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         chosen = numbers == count
         shape = thumbnail_shape(count, channels, height, width)
         small = interpolate(images[chosen], shape, mode="bicubic", antialias=True)
+        if in_bytes:
+            small = png(small.clamp(0, 1))
         restored[chosen] = interpolate(small, (height, width), mode="bicubic").clamp(0, 1)
         used[chosen] = small[0].numel()
     return restored, used
