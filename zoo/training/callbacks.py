@@ -46,21 +46,24 @@ class CodebookHealth(L.Callback):
     Ids are those of all training batches of all ranks since the last report, with whose metrics they are logged, in the
     names of evaluation: train/perplexity/STREAM (exp of the entropy, 1 to K) and train/codebook_use/STREAM (share of
     the K codes that occur); where a position has several levels, also of each as .../STREAM/LEVEL, counted from 0.
-    Reports go on with the ids of the one before until these are K at least: fewer could not use all codes. A codebook
-    (one that all levels share, or that of a level) whose perplexity is then below a share of K has collapsed, which is
-    printed once until it has recovered. train/collapsed_codebooks is their number.
+    Reports go on with the ids of the one before until there are enough of them: a few images cannot use all codes. A
+    codebook (one that all levels share, or that of a level) whose perplexity is then below a share of K has collapsed,
+    which is printed once until it has recovered. train/collapsed_codebooks is their number.
 
     Args:
         collapsed_below: that share, from 0 (never) to 1.
+        ids_per_code: so many times K ids are enough.
 
     Raises:
-        ZooError: another share.
+        ZooError: another share, or fewer than one id a code.
     """
 
-    def __init__(self, collapsed_below: float = 0.05):
+    def __init__(self, collapsed_below: float = 0.05, ids_per_code: int = 10):
         if not 0 <= collapsed_below <= 1:
             raise ZooError(f"collapsed_below must be a share of the codes from 0 to 1, got {collapsed_below}.")
-        self.collapsed_below = collapsed_below
+        if ids_per_code < 1:
+            raise ZooError(f"ids_per_code must be at least 1, got {ids_per_code}.")
+        self.collapsed_below, self.ids_per_code = collapsed_below, ids_per_code
         self._sizes: dict[str, tuple[int, ...]] = {}  # of each stream, the number of codes of its codebooks
         self._counts: dict[str, Tensor] = {}  # (levels, K) int64, over all ranks
         self._collapsed: set[tuple[str, int]] = set()
@@ -102,7 +105,7 @@ class CodebookHealth(L.Callback):
                 share = used(count, sizes[level % len(sizes)])
                 logs |= {f"perplexity/{stream}/{level}": perplexity(count), f"codebook_use/{stream}/{level}": share}
             found = torch.stack([torch.stack([count.sum(), perplexity(count), used(count, k)]) for count, k in books])
-            if found[0, 0] >= max(sizes):
+            if found[0, 0] >= self.ids_per_code * max(sizes):
                 self._judge(trainer, module, stream, found.tolist())
                 self._counts[stream] = torch.zeros_like(counts)
         module.log_row(logs | {"collapsed_codebooks": float(len(self._collapsed))}, batch_size(batch))
