@@ -11,7 +11,7 @@ train: .venv/installed
 	@echo "table: $(RUN)/evaluation/metrics.json   picture: $(RUN)/evaluation/reconstructions.png"
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .
