@@ -18,7 +18,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 
 bench: .venv/installed
-	for script in $(filter-out benchmarks/precision.py,$(wildcard benchmarks/[!_]*.py)); do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out benchmarks/precision.py benchmarks/scaling.py benchmarks/memory_over_time.py,$(wildcard benchmarks/[!_]*.py)); do $(BIN)/python $$script || exit 1; done
 
 docs: .venv/installed
 	$(BIN)/mkdocs build --strict
