@@ -275,7 +275,7 @@ def test_a_collapsed_codebook_is_told_once_until_it_recovers(capsys):
     assert min(module.values("perplexity/image")[:2]) > 3.2
 
 
-def test_each_level_of_a_stream_has_a_codebook_of_its_own(capsys):
+def test_each_level_can_have_a_codebook_of_its_own(capsys):
     tokenizer = Coded()
     tokenizer.quantizer = ResidualQuantizer([CODES, 8], 4, levels=2, decay=1.0, shared=False, restart=False)
     second = tokenizer.quantizer.codebook(1).codebook
@@ -287,6 +287,20 @@ def test_each_level_of_a_stream_has_a_codebook_of_its_own(capsys):
     assert "the codebook 'image', level 1, has collapsed" in told[0]
     assert "of 8 codes), and use 12.5% of the codes" in told[0]
     assert min(module.values("perplexity/image/0")) > 3.2
+    assert module.values("codebook_use/image/1") == [1 / 8] * 2
+
+
+def test_levels_may_use_different_codes_of_one_codebook(capsys):
+    tokenizer = Coded()
+    tokenizer.quantizer = ResidualQuantizer(CODES, 4, levels=2, decay=1.0, restart=False)
+    tokenizer.quantizer.codebook(0).codebook[0] = 0  # in the second level most are nearest to this one
+    module = Autoencoding(tokenizer=tokenizer)
+    fit(module, 2, images(), callbacks=[CodebookHealth(collapsed_below=0.3)])
+    assert "codebook" not in capsys.readouterr().out
+    assert module.values("collapsed_codebooks") == [0, 0]
+    for name in ("perplexity/image", "perplexity/image/0", "perplexity/image/1"):
+        assert all(1 <= value <= CODES for value in module.values(name))
+    assert min(module.values("perplexity/image")) > 4.8 > max(module.values("perplexity/image/1"))
 
 
 def test_few_ids_are_no_collapse_and_add_up(capsys):

@@ -64,9 +64,7 @@ def started_by() -> tuple[str | None, int]:
     if SLURMEnvironment.detect():
         tasks = int(os.environ["SLURM_NTASKS"])
         if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
-            raise ZooError(
-                f"SLURM started {tasks} tasks on nodes that chose how many; say --ntasks-per-node, not --ntasks."
-            )
+            raise ZooError(f"SLURM started {tasks} tasks with --ntasks; say --ntasks-per-node instead.")
         return "SLURM", tasks
     return None, 1
 

@@ -48,6 +48,7 @@ def _search(vectors: Tensor, codebook: Tensor, euclidean: bool) -> Tensor:
             f"a search takes vectors (..., D) and a codebook (K, D) with K >= 1 of the same width, "
             f"got {tuple(vectors.shape)} and {tuple(codebook.shape)}."
         )
+    codebook = codebook.float() if codebook.dtype == torch.float64 else codebook  # a search is in float32 at most
     (num_codes, dim), device = codebook.shape, vectors.device
     rows, chunk = (1024, 1024) if device.type == "cpu" else (2048, 8192)
     group = 1 if num_codes <= 1024 else 8
