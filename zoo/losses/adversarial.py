@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from zoo.distributed import sum_over_ranks, world_size
 from zoo.errors import ZooError
 from zoo.nn.normalization import BatchNorm2d
+from zoo.nn.precision import wide
 
 GROUPS = 32
 """Of the residual discriminator's normalisation."""
@@ -168,8 +169,8 @@ class LeCam(nn.Module):
 
     def forward(self, logits_real: Tensor, logits_fake: Tensor) -> Tensor:
         if self.training:
-            means = sum_over_ranks(logits_real.mean().float(), logits_fake.mean().float())
+            means = sum_over_ranks(wide(logits_real.detach().mean()), wide(logits_fake.detach().mean()))
             for running, mean in zip((self.real, self.fake), means, strict=True):
-                running.lerp_(mean.detach() / world_size(), 1 - self.decay)
+                running.copy_(wide(running).lerp(mean / world_size(), 1 - self.decay))
         of_real, of_fake = F.relu(logits_real - self.fake), F.relu(self.real - logits_fake)
         return of_real.square().mean() + of_fake.square().mean()

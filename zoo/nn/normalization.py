@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.distributed import mean_over_ranks, world_size
+from zoo.nn.precision import wide
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -16,7 +17,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         if not self.training or world_size() == 1:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            values = x.to(torch.promote_types(x.dtype, torch.float32))
+            values = wide(x)
             mean = mean_over_ranks(values.mean((0, 2, 3)))  # ranks have equal batches
             # the mean square less the square of the mean would lose digits
             variance = mean_over_ranks((values - _channels(mean)).square().mean((0, 2, 3)))

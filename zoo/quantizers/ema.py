@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zoo.distributed import from_first_rank, rows_of_all_ranks, sum_over_ranks, world_size
 from zoo.errors import ZooError
+from zoo.nn.precision import wide
 from zoo.quantizers.search import nearest_code
 
 
@@ -69,7 +70,7 @@ class EMAQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> Quantized:
         """z (..., D); under several ranks every rank has as many vectors."""
-        vectors = self._scaled(z.detach().float().reshape(-1, z.shape[-1]))
+        vectors = self._scaled(wide(z.detach()).reshape(-1, z.shape[-1]))
         drawn = None
         if self.training and (self.init == "data" or self.restart_below):
             drawn = self._draw(vectors)
@@ -77,7 +78,7 @@ class EMAQuantizer(nn.Module):
                 self._start_from(drawn)
         ids = self.encode(z)
         with torch.autocast(z.device.type, enabled=False):
-            exact, codes = self._scaled(z.float()), self.codebook[ids].float()
+            exact, codes = self._scaled(wide(z)), wide(self.codebook[ids])
             loss = self.commitment * F.mse_loss(exact, codes)
             quantized = (exact + (codes - exact).detach()).to(z.dtype)
             with torch.no_grad():
@@ -93,7 +94,7 @@ class EMAQuantizer(nn.Module):
 
     def encode(self, z: Tensor) -> Tensor:
         """z (..., D) -> ids (...) int64, without moving anything."""
-        return nearest_code(self._scaled(z.float()), self.codebook)
+        return nearest_code(self._scaled(wide(z)), self.codebook)
 
     def codes(self, ids: Tensor) -> Tensor:
         """ids (...) -> (..., D): what the decoder reads for them."""
@@ -103,10 +104,10 @@ class EMAQuantizer(nn.Module):
         return F.normalize(vectors, dim=-1) if self.normalize else vectors
 
     def _update(self, counts: Tensor, sums: Tensor, drawn: Tensor | None) -> None:
-        size = self.cluster_size.float().lerp(counts, 1 - self.decay)
+        size = wide(self.cluster_size).lerp(counts, 1 - self.decay)
         total = size.sum()
         size = (size + self.eps) / (total + len(size) * self.eps) * total
-        embed_sum = self.embed_sum.float().lerp(sums, 1 - self.decay)
+        embed_sum = wide(self.embed_sum).lerp(sums, 1 - self.decay)
         if self.restart_below:
             dead = size < self.restart_below
             size = size.where(~dead, 1.0)
@@ -115,14 +116,14 @@ class EMAQuantizer(nn.Module):
         self.cluster_size.copy_(size)
         self.embed_sum.copy_(embed_sum)
         # nothing was counted yet when a very first batch has no finite vector
-        self.codebook.copy_(self._scaled(embed_sum / size[:, None]).where(total > 0, self.codebook.float()))
+        self.codebook.copy_(self._scaled(embed_sum / size[:, None]).where(total > 0, wide(self.codebook)))
 
     @torch.no_grad()
     def _start_from(self, drawn: Tensor) -> None:
         """Codes from vectors of the first batch. No code was counted before that; nothing is read from the device."""
         fresh = (self.cluster_size == 0).all()
-        self.codebook.copy_(drawn.where(fresh, self.codebook.float()))
-        self.embed_sum.copy_(drawn.where(fresh, self.embed_sum.float()))
+        self.codebook.copy_(drawn.where(fresh, wide(self.codebook)))
+        self.embed_sum.copy_(drawn.where(fresh, wide(self.embed_sum)))
         self.cluster_size.copy_(self.cluster_size.where(~fresh, 1.0))
 
     @torch.no_grad()
@@ -140,7 +141,7 @@ def drawn_over_ranks(vectors: Tensor, index: Tensor, codebook: Tensor) -> Tensor
     A vector that is not finite is replaced by the code (K, D) as it is.
     """
     drawn = rows_of_all_ranks(vectors, from_first_rank(index))
-    return drawn.where(drawn.isfinite().all(1, keepdim=True), codebook.float())
+    return drawn.where(drawn.isfinite().all(1, keepdim=True), wide(codebook))
 
 
 def code_statistics(vectors: Tensor, ids: Tensor, num_codes: int) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from zoo.distributed import sum_over_ranks, world_size
 from zoo.errors import ZooError
+from zoo.nn.precision import wide
 from zoo.quantizers.ema import code_counts, perplexity
 from zoo.quantizers.search import full_float32, largest_product
 
@@ -81,9 +82,9 @@ class IndexQuantizer(nn.Module):
         """z (..., D)."""
         ids = self.encode(z)
         with torch.autocast(z.device.type, enabled=False):
-            exact = z.float()
+            exact = wide(z)
             quantized, codes, sample, average = IndexBackpropagation.apply(
-                exact.reshape(-1, z.shape[-1]), self.codebook.float(), ids.flatten(), self.temperature
+                exact.reshape(-1, z.shape[-1]), wide(self.codebook), ids.flatten(), self.temperature
             )
             quantized, codes = quantized.view(z.shape), codes.view(z.shape)
             loss = F.mse_loss(quantized, exact) + F.mse_loss(exact, codes.detach())

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.nn.precision import wide
+
 
 class GaussianPosterior(NamedTuple):
     """q(z | x) = N(mean, exp(logvar)) per element (Kingma & Welling 2013)."""
@@ -28,5 +30,5 @@ class GaussianPosterior(NamedTuple):
 
     def kl(self) -> Tensor:
         """(B,): KL(q || N(0, 1)) in nats, summed over elements, in float32: variances go beyond float16."""
-        mean, logvar = self.mean.float(), self.logvar.float()
+        mean, logvar = wide(self.mean), wide(self.logvar)
         return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from zoo.distributed import from_first_rank, world_size
 from zoo.errors import ZooError
+from zoo.nn.precision import wide
 from zoo.quantizers.ema import code_counts, code_statistics, drawn_over_ranks, perplexity
 from zoo.quantizers.search import nearest_code
 
@@ -54,8 +55,8 @@ class ResidualCodebook(nn.Module):
     def update(self, vectors: Tensor, ids: Tensor) -> None:
         """Move the codes by the vectors (M, L, D) with ids (M, L) of L levels; each rank has as many."""
         counts, sums = code_statistics(vectors.flatten(0, 1), ids.flatten(), len(self.codebook))
-        size = self.cluster_size.float().lerp(counts, 1 - self.decay)
-        embed_sum = self.embed_sum.float().lerp(sums, 1 - self.decay)
+        size = wide(self.cluster_size).lerp(counts, 1 - self.decay)
+        embed_sum = wide(self.embed_sum).lerp(sums, 1 - self.decay)
         if self.restart:
             dead = size < 1
             size = size.where(~dead, 1.0)
@@ -66,7 +67,7 @@ class ResidualCodebook(nn.Module):
         self.cluster_size.copy_(size)
         self.embed_sum.copy_(embed_sum)
         # nothing was counted yet when a very first batch has no finite vector
-        self.codebook.copy_((embed_sum / smoothed[:, None]).where(total > 0, self.codebook.float()))
+        self.codebook.copy_((embed_sum / smoothed[:, None]).where(total > 0, wide(self.codebook)))
 
     def candidates(self, vectors: Tensor) -> Tensor:
         """K random vectors (K, D) of those (M, L, D) of all ranks, by the random numbers of rank 0.
@@ -149,14 +150,14 @@ class ResidualQuantizer(nn.Module):
     def forward(self, z: Tensor) -> ResidualQuantized:
         """z (..., D), in float32 whatever the autocast."""
         with torch.autocast(z.device.type, enabled=False):
-            cells = self.to_cells(z.float())
+            cells = self.to_cells(wide(z))
             exact = cells.reshape(-1, cells.shape[-1])
             residual, total, loss = exact.detach(), torch.zeros_like(exact), 0
             searched, ids = [], []
             for level in range(self.levels):
                 book = self.codebook(level)
                 chosen = nearest_code(residual, book.codebook)
-                codes = book.codebook[chosen].float()
+                codes = wide(book.codebook[chosen])
                 searched.append(residual)
                 ids.append(chosen)
                 total, residual = total + codes, residual - codes
@@ -173,7 +174,7 @@ class ResidualQuantizer(nn.Module):
 
     def encode(self, z: Tensor, levels: int | None = None) -> Tensor:
         """z (..., D) -> ids (..., levels) int64, of the first levels or of all, without moving anything."""
-        residual, ids = self.to_cells(z.float()), []
+        residual, ids = self.to_cells(wide(z)), []
         for level in range(levels or self.levels):
             codebook = self.codebook(level).codebook
             ids.append(nearest_code(residual, codebook))

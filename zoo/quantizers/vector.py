@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.nn.precision import wide
 from zoo.quantizers.ema import EMAQuantizer, Quantized, code_counts, perplexity
 from zoo.quantizers.search import nearest_code
 
@@ -38,7 +39,7 @@ class VectorQuantizer(nn.Module):
         """z (..., D), in float32 whatever the autocast."""
         with torch.autocast(z.device.type, enabled=False):
             ids = self.encode(z)
-            exact, codes = self._scaled(z.float()), self.codes(ids).float()
+            exact, codes = self._scaled(wide(z)), wide(self.codes(ids))
             loss = self.commitment * F.mse_loss(exact, codes.detach())
             loss = loss + self.codebook_weight * F.mse_loss(codes, exact.detach())
             quantized = (exact + (codes - exact).detach()).to(z.dtype)
@@ -52,7 +53,7 @@ class VectorQuantizer(nn.Module):
 
     def encode(self, z: Tensor) -> Tensor:
         """z (..., D) -> ids (...) int64."""
-        return nearest_code(self._scaled(z.float()), self._scaled(self.codebook.float()))
+        return nearest_code(self._scaled(wide(z)), self._scaled(wide(self.codebook)))
 
     def codes(self, ids: Tensor) -> Tensor:
         """ids (...) -> (..., D): what the decoder reads for them."""

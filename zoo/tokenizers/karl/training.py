@@ -21,6 +21,7 @@ from zoo.errors import ZooError
 from zoo.losses.adversarial import PatchDiscriminator, discriminator_loss, generator_loss
 from zoo.losses.perceptual import PerceptualLoss
 from zoo.nn.autoencoder import to_tokens
+from zoo.nn.precision import wide
 from zoo.registry import has_weights, load_tokenizer, preset
 from zoo.tokenizers.karl.tokenizer import KarlTokenizer, halting_mask
 from zoo.tokenizers.vqgan.tokenizer import VQGANTokenizer
@@ -87,7 +88,7 @@ def karl_pass(tokenizer: KarlTokenizer, grid: Tensor, bins: Tensor, length: int,
 
 def halting_loss(logits: Tensor, num_halted: int) -> Logs:
     """Cross entropies of halting logits (B, T): the last num_halted tokens should halt, the others should not."""
-    logits = logits.float()
+    logits = wide(logits)
     active, halted = logits[:, : logits.shape[1] - num_halted], logits[:, logits.shape[1] - num_halted :]
     losses = {"active": F.binary_cross_entropy_with_logits(active, torch.zeros_like(active))}
     if num_halted:
