@@ -291,7 +291,7 @@ def test_a_browser_sorts_switches_and_zooms(output, report, tmp_path):
         (["tokenizers=[aurora-tinny]"], "did you mean aurora-tiny"),
         (["tasks=[prob]"], "tasks has 'prob'; did you mean probe?"),
         (["weights.karl-tinny=x"], "did you mean karl-tiny"),
-        (["encode=3"], "encode is by name"),
+        (["encode=3"], "encode must be"),
         (["data=photos"], "asks about images; say labels="),
         (["data.path=x"], "the configuration has no 'data.path'"),
     ],

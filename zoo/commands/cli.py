@@ -119,12 +119,8 @@ def check(cfg: DictConfig, command: str) -> None:
     """Raise ZooError where a value does not have the type that its callable's signature states, or that of its default
     in conf/COMMAND.yaml."""
     plain = OmegaConf.to_container(OmegaConf.load(resource("conf") / f"{command}.yaml"))
-    for name in plain.keys() - {
-        "defaults",
-        "hydra",
-        "devices",
-        "resume",
-    }:  # of several kinds, checked where they are used
+    # the last three are of several kinds, and checked where they are used
+    for name in plain.keys() - {"defaults", "hydra", "devices", "resume", "tokenizers"}:
         default, node = plain[name], cfg._get_node(name) if name in cfg else None
         kind = DictConfig if isinstance(default, dict) else ListConfig if isinstance(default, list) else type(default)
         value = node if kind in (DictConfig, ListConfig) else cfg.get(name)

@@ -63,12 +63,12 @@ def check(cfg: DictConfig) -> None:
     """Raise ZooError where a field of conf/compare.yaml is not of its kind."""
     expect_one_of(cfg, "dtype", DTYPES)
     for name, known in (("tasks", ("reconstruction", *TASKS)), ("codecs", CODECS)):
-        for one in listed(cfg, name):
+        for one in cfg[name]:
             if one not in known:
                 raise ZooError(f"{name} has '{one}'{nearest(str(one), known)}")
     if not cfg.tasks:
         raise ZooError("tasks is an empty list; give at least one of reconstruction, probe, zeroshot.")
-    for rate in listed(cfg, "rates"):
+    for rate in cfg.rates:
         if type(rate) not in (int, float) or not rate > 0:
             raise ZooError(f"rates are bits per pixel above 0, got {rate!r}.")
     expect_integer("pictures", cfg.pictures, 0)
@@ -76,8 +76,6 @@ def check(cfg: DictConfig) -> None:
         expect_integer("limit", cfg.limit, 1)
     expect_integer("save_every", cfg.save_every, 0)
     for field in ("weights", "encode"):
-        if not OmegaConf.is_dict(cfg[field]):
-            raise ZooError(f"{field} is by name, as in {field}.karl-tiny=..., got {cfg[field]!r}.")
         for name in cfg[field]:
             tokenizers.preset(name)
     for task in cfg.tasks:
@@ -93,18 +91,12 @@ def chosen(cfg: DictConfig) -> tuple[list[str], list[str]]:
         if not names:
             raise ZooError("no tokenizer has its weights on this machine; give some by weights.NAME=FILE.")
         return names, sorted(tokenizers.presets().keys() - names)
-    names = [cfg.tokenizers] if isinstance(cfg.tokenizers, str) else listed(cfg, "tokenizers")
+    names = list(cfg.tokenizers) if OmegaConf.is_list(cfg.tokenizers) else [cfg.tokenizers]
     if not names:
         raise ZooError("tokenizers is an empty list; give names of `zoo list`, or all.")
     for name in names:
         tokenizers.preset(name)
     return list(dict.fromkeys(names)), []
-
-
-def listed(cfg: DictConfig, name: str) -> list:
-    if not OmegaConf.is_list(cfg[name]):
-        raise ZooError(f"{name} must be a list, as in '{name}=[...]', got {cfg[name]!r}.")
-    return OmegaConf.to_container(cfg[name], resolve=True)
 
 
 def protocol(cfg: DictConfig) -> dict:
