@@ -11,14 +11,14 @@ train: .venv/installed
 	@echo "table: $(RUN)/evaluation/metrics.json   picture: $(RUN)/evaluation/reconstructions.png"
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 bench: .venv/installed
-	for script in $(filter-out benchmarks/precision.py,$(wildcard benchmarks/[!_]*.py)); do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out benchmarks/precision.py benchmarks/scaling.py benchmarks/memory_over_time.py,$(wildcard benchmarks/[!_]*.py)); do $(BIN)/python $$script || exit 1; done
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'

@@ -6,7 +6,7 @@ is fitted to the last half, and its slope stands beside its standard error.
 
     python benchmarks/memory_over_time.py                           # all; what is in --output is kept
     python benchmarks/memory_over_time.py vqgan-tiny --steps 400
-    python benchmarks/memory_over_time.py --write docs/scaling.md   # also the picture pictures/memory-over-time.png
+    python benchmarks/memory_over_time.py --write docs/scaling.md
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import tempfile
 from pathlib import Path
 
 import lightning as L
-import matplotlib.pyplot as plt
 import numpy as np
 from _runs import bare, experiments, write_table
 from rich.console import Console
@@ -108,18 +107,7 @@ def main() -> None:
     Console(width=120).print(table)
     if args.write:
         write_table(args.write, "memory over time", HEADER, rows)
-        plot(found, args.write.parents[1] / "pictures" / "memory-over-time.png")
     return None
-
-
-def plot(found: dict[str, list[list[float]]], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    for name, memory in found.items():
-        steps, values = np.array(memory).T
-        axes.plot(steps, values, linewidth=1, label=name)
-    axes.set(xlabel="step", ylabel="MiB, process and workers", ylim=(0, None))
-    figure.legend(loc="outside right upper", fontsize=7, frameon=False)
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -173,17 +173,17 @@ def main() -> None:
 
 
 def show(found: dict[str, dict[str, dict[str, float]]], args: argparse.Namespace) -> None:
-    columns = [f"{measure}, {layout}" for measure in MEASURES.values() for layout in args.layouts]
-    cells = {
-        name: [f"{rows[layout][measure]:.0e}" for measure in MEASURES for layout in args.layouts]
-        for name, rows in found.items()
-    }
-    table = Table("", *columns, title=f"relative to one rank, {args.steps} steps of {args.images} images")
-    for name, row in cells.items():
-        table.add_row(name, *row)
-    Console(width=240).print(table)
+    rows = [
+        [name, *(", ".join(f"{layouts[layout][measure]:.0e}" for measure in MEASURES) for layout in args.layouts)]
+        for name, layouts in found.items()
+    ]
+    what = ", ".join(MEASURES.values())
+    table = Table("", *args.layouts, title=f"relative to one rank, {args.steps} steps of {args.images} images: {what}")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=200).print(table)
     if args.write:
-        write_table(args.write, "scaling", ["experiment", *columns], [[name, *row] for name, row in cells.items()])
+        write_table(args.write, "scaling", ["experiment", *args.layouts], rows)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,17 @@ import csv
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 # Several test processes share two cores: more threads each are many times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+tried = Counter()
+"""Cases that each test of tests/fuzz has tried, in all processes."""
 
 
 def pytest_addoption(parser):
@@ -23,6 +28,26 @@ def pytest_addoption(parser):
         default=10,
         help="cases that each test of tests/fuzz tries (default: 10); the same N gives the same cases",
     )
+
+
+def pytest_sessionfinish(session):
+    if "fuzz_helpers" in sys.modules and hasattr(session.config, "workeroutput"):  # one of several processes
+        session.config.workeroutput["tried"] = dict(sys.modules["fuzz_helpers"].tried)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    tried.update(getattr(node, "workeroutput", {}).get("tried", {}))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if "fuzz_helpers" in sys.modules:
+        tried.update(sys.modules["fuzz_helpers"].tried)
+    if tried:
+        terminalreporter.section("fuzzing")
+        for test, count in sorted(tried.items()):
+            terminalreporter.write_line(f"{count:8,}  {test}")
+        terminalreporter.write_line(f"{sum(tried.values()):8,}  cases tried")
 
 
 @pytest.fixture

@@ -93,3 +93,18 @@ def gather_over_ranks(rows: Tensor) -> Tensor:
     With gradient: that of a row is the sum of what all ranks propagate into it.
     """
     return rows if world_size() == 1 else _Gather.apply(rows.contiguous())
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(context, tensor: Tensor) -> Tensor:
+        return sum_over_ranks(tensor)[0]
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> Tensor:
+        return sum_over_ranks(gradient)[0]
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """The mean of all ranks' tensors. With gradient: that of what all ranks make of it."""
+    return tensor if world_size() == 1 else _Sum.apply(tensor) / world_size()

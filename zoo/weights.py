@@ -233,9 +233,9 @@ def _download(location: str | Path, name: str) -> Path:
     try:
         return Path(hf_hub_download(repository, "/".join(parts[2:]), **revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = one_line(error)
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise ZooError(
-            f"cannot download {shortened(str(location), 200)} for {name} ({type(error).__name__}: {reason}); download the "
+            f"cannot download {shortened(str(location), 200)} for {name} ({reason}); download the "
             f"file where there is a network and pass weights='path/to/{shortened(parts[-1])[1:-1]}'."
         ) from error
 

@@ -31,7 +31,7 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def torchrun(folder: Path, jobs: list[list[str]], seconds: float = 600) -> str:
+def torchrun(folder: Path, jobs: list[list[str]], seconds: float = 900) -> str:
     """Run commands, one after the other, on two "nodes" of two processes each; returns what all of them printed."""
     (folder / "jobs.json").write_text(json.dumps([[free_port(), *job] for job in jobs]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -141,7 +141,7 @@ class Ranks:
             process.start()
             self.processes.append(process)
 
-    def codes(self, seconds: float = 100) -> list[int]:
+    def codes(self, seconds: float = 300) -> list[int]:
         """Their exit codes, when all have ended by themselves."""
         for process in self.processes:
             process.join(seconds)

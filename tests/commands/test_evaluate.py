@@ -236,7 +236,7 @@ def test_two_ranks_report_what_one_rank_reports(folder, tmp_path):
         (["baseline=perhaps"], "baseline must be true or false"),
         (["stored_as=gif"], "stored_as must be one of png, jpeg, got 'gif'"),
         (["device=abacus"], "abacus"),
-        (["weights=nowhere.safetensors"], "nowhere.safetensors does not exist"),
+        (["weights=nowhere.safetensors"], "'nowhere.safetensors' does not exist"),
         (["tokenizer=mosaik"], "did you mean mosaic"),
         (["data.path=nowhere"], "nowhere is not there"),
         (["data.image_size=20"], "of 16 x 16 pixels, got 20 x 20"),

@@ -348,7 +348,16 @@ def test_what_is_no_file_is_refused(folder, place):
         refused(zoo.load_tokenizer, "aurora-tiny", place)
 
 
-HUB = ["hf://", "hf:/a/b/c", "hf://a/b", "hf://a/b@/c", "hf://a@b@c/d/e", "hf://../../etc/x", "hf://a/b/../../c"]
+HUB = [
+    "hf://",
+    "hf://\n",
+    "hf:/a/b/c",
+    "hf://a/b",
+    "hf://a/b@/c",
+    "hf://a@b@c/d/e",
+    "hf://../../etc/x",
+    "hf://a/b/../../c",
+]
 
 
 @fuzz(location=st.sampled_from(HUB) | st.text(max_size=30).map("hf://{}".format))

@@ -8,6 +8,7 @@ import io
 import lightning as L
 import pytest
 from fuzz_helpers import fuzz, is_a_sentence
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, ListConfig
 
@@ -105,6 +106,8 @@ def fields():
 
 
 number = iter(range(10**9))
+as_drawn = settings(phases=[Phase.explicit, Phase.generate])
+"""A case is a run of a command: one that fails is short enough."""
 
 
 def run(folder, command, *overrides):
@@ -126,6 +129,7 @@ def run(folder, command, *overrides):
     return code, err.getvalue()
 
 
+@as_drawn
 @fuzz(data=st.data(), name=st.sampled_from(sorted(COMMANDS)))
 def test_a_value_of_any_type_is_taken_or_refused(folder, fields, name, data):
     changes = st.tuples(st.sampled_from(fields(name)), st.sampled_from(WRONG))
@@ -133,6 +137,7 @@ def test_a_value_of_any_type_is_taken_or_refused(folder, fields, name, data):
     run(folder, *COMMANDS[name], *(f"{field}={value}" for field, value in chosen))
 
 
+@as_drawn
 @fuzz(
     name=st.sampled_from(sorted(COMMANDS)),
     words=st.lists(st.sampled_from(BROKEN) | st.text("ab=.[]{}~+$:,'\"1 ", max_size=6), min_size=1, max_size=2),

@@ -182,7 +182,7 @@ def test_hidden_patches_leave_no_trace_but_their_place():
         (torch.zeros(1, 16, 4), (2, 8), "in raster order such as 16, got a grid of 2 x 8"),
         (torch.zeros(1, 16, 5), None, r"are \(B, N, 4\), got shape \(1, 16, 5\)"),
         (torch.full((4, 16, 4), 8.25), None, r"about 1 \(up to 4\), got 8.25; .* use tokenizer.normalize\(latents\)"),
-        (torch.full((4, 16, 4), torch.nan), None, "got nan"),
+        (torch.full((4, 16, 4), torch.nan), None, "got NaN"),
     ],
 )
 def test_latents_that_are_no_square_image_are_not_decoded(latents, grid, complaint):
@@ -420,10 +420,10 @@ def test_steps_and_their_spacing_can_be_chosen():
         ({"unconditional": torch.zeros(1, 10)}, r"unconditional is one condition for each of z \(2, 10\)"),
         ({"text_unconditional": torch.zeros(2, 10)}, "beside unconditional=, which is missing"),
         ({"noise": torch.zeros(3, 4)}, r"noise is \(2, 4\), or \(1, 4\) for all latents, got \(3, 4\)"),
-        ({"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),
-        ({"num_steps": "8"}, "num_steps must be an integer of at least 1, got '8'"),
+        ({"num_steps": 0}, "num_steps must be an integer of at least 1 and at most 100000, got 0"),
+        ({"num_steps": "8"}, "num_steps must be an integer of at least 1 and at most 100000, got '8'"),
         ({"time_shift": 0.0}, "time_shift must be above 0"),
-        ({"temperature": -1.0}, "temperature must not be below 0, got -1"),
+        ({"temperature": -1.0}, "temperature must not be below 0, and a finite number, got -1"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(arguments, complaint):

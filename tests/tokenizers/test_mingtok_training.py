@@ -118,6 +118,18 @@ def test_as_many_patches_of_each_image_are_hidden(batch):
     assert len(mask.unique(dim=0)) == 50
 
 
+@pytest.mark.parametrize(("ranks", "batch", "every"), [(1, 4, 2), (4, 1, 2), (2, 3, 2), (3, 4, 5), (2, 2, 1)])
+def test_masked_images_do_not_depend_on_the_number_of_ranks(ranks, batch, every):
+    made, found, shares = module(1, f"module.masked_every={every}"), [], []
+    for rank in range(ranks):
+        made._trainer.world_size, made._trainer.global_rank = ranks, rank
+        some, share = made.masked_images(batch)
+        found += [rank * batch + i for i in range(batch)[some] if share]
+        shares.append(share)
+    assert found == list(range(0, ranks * batch, every))
+    assert sum(shares) == pytest.approx(ranks)
+
+
 def test_a_discriminator_and_its_weight_stand_on_the_last_layer(batch):
     adversarial = ["module.adversarial_weight=0.1", "module.discriminator_width=8"]
     made = module(3, *adversarial, "+module.optimizers.discriminator=${optimizer}")

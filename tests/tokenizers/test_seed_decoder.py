@@ -218,8 +218,8 @@ def test_what_is_no_embedding_is_refused(decoder, wrong, complaint):
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"num_steps": 0}, "integer of at least 1, got 0"),
-        ({"num_steps": 2.0}, "integer of at least 1, got 2.0"),
+        ({"num_steps": 0}, "integer of at least 1 and at most 100000, got 0"),
+        ({"num_steps": 2.0}, "integer of at least 1 and at most 100000, got 2.0"),
         ({"guidance": -0.1}, "guidance must not be below 0"),
         ({"guidance": float("inf")}, "guidance must not be below 0"),
         ({"guidance": "much"}, "guidance must not be below 0"),

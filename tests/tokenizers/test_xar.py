@@ -142,9 +142,9 @@ def test_clean_context_is_what_sampling_sees():
         ({"labels": torch.tensor([6])}, "from 0 to 5"),
         ({"labels": torch.tensor([-1])}, "from 0 to 5"),
         ({"labels": torch.tensor([0.5])}, "labels are integers"),
-        ({"num_steps": 1}, "num_steps must be an integer of at least 2, got 1"),
-        ({"guidance": -0.5}, "guidance must not be below 0, got -0.5"),
-        ({"guidance": float("nan")}, "guidance must not be below 0, got nan"),
+        ({"num_steps": 1}, "num_steps must be an integer of at least 2 and at most 100000, got 1"),
+        ({"guidance": -0.5}, "guidance must not be below 0, and a finite number, got -0.5"),
+        ({"guidance": float("nan")}, "guidance must not be below 0, and a finite number, got nan"),
         ({"sampler": "sdf"}, "sampler must be one of sde, euler, heun, got 'sdf'"),
     ],
 )

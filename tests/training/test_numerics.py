@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from hydra.utils import instantiate
-from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from zoo.commands import cli
@@ -22,6 +21,7 @@ from zoo.quantizers import EMAQuantizer, ResidualQuantizer
 from zoo.tokenizer import Tokenizer, TokenizerInfo
 from zoo.training.callbacks import CodebookHealth
 from zoo.training.module import TrainingModule
+from zoo.training.precision import CPUPrecision
 
 CODES = 16
 
@@ -84,12 +84,14 @@ def fit(module, steps, data, batch_size=4, **options):
 
 
 def bfloat():
-    return {"precision": "bf16-mixed"}
+    return {"plugins": CPUPrecision("bf16-mixed")}
 
 
 def half(scale=256.0):
     """float16 with a loss scale that gradients begin with."""
-    return {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))}
+    plugin = CPUPrecision("16-mixed")
+    plugin.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return {"plugins": plugin}
 
 
 class State(L.Callback):
@@ -209,13 +211,21 @@ def test_half_precision_learns_as_float32_does(precision):
     assert losses[1] != losses[0]  # it was another precision
 
 
-def test_float16_on_the_cpu_is_float16():
-    cfg = cli.compose("train", ["experiment=aurora-tiny", "trainer.precision=16-mixed"])
+@pytest.mark.parametrize(("name", "dtype"), [("16-mixed", torch.float16), ("bf16-mixed", torch.bfloat16)])
+def test_half_precision_on_the_cpu_is_that_of_gpus(name, dtype):
+    cfg = cli.compose("train", ["experiment=aurora-tiny", f"trainer.precision={name}"])
     made = instantiate(cfg.trainer, **precision(cfg.trainer))
-    assert made.precision == "16-mixed"
+    assert made.precision == name
+    assert (made.precision_plugin.scaler is not None) == (dtype == torch.float16)
+    layer, norm, x = nn.Linear(8, 8), nn.GroupNorm(2, 8), torch.randn(4, 8)
     with made.precision_plugin.forward_context():
-        assert torch.get_autocast_dtype("cpu") == torch.float16
-    assert made.precision_plugin.scaler.is_enabled()
+        given = layer(x)
+        assert given.dtype == dtype
+        for wide in (norm(given), given.softmax(-1), torch.nn.functional.layer_norm(given, (8,)), given.exp()):
+            assert wide.dtype == torch.float32
+        torch.testing.assert_close(norm(given), norm(given.float()), rtol=0, atol=0)
+        assert layer(norm(given)).dtype == dtype
+    assert norm(given.float()).requires_grad
 
 
 def run(rank=0, ranks=1, seed=0, **options):
@@ -260,7 +270,7 @@ def test_two_ranks_skip_what_is_bad_on_one_and_count_codes_as_one_rank(tmp_path)
 
 
 def test_a_collapsed_codebook_is_told_once_until_it_recovers(capsys):
-    module, health = Autoencoding(), CodebookHealth(collapsed_below=0.2)
+    module, health = Autoencoding(), CodebookHealth(collapsed_below=0.2, ids_per_code=1)
     data = images(24)
     for one in data[8:16]:
         one["image"] = torch.full((2, 4, 4), 0.5)  # all vectors are one
@@ -275,27 +285,39 @@ def test_a_collapsed_codebook_is_told_once_until_it_recovers(capsys):
     assert min(module.values("perplexity/image")[:2]) > 3.2
 
 
-def test_each_level_of_a_stream_has_a_codebook_of_its_own(capsys):
+def test_each_level_can_have_a_codebook_of_its_own(capsys):
     tokenizer = Coded()
     tokenizer.quantizer = ResidualQuantizer([CODES, 8], 4, levels=2, decay=1.0, shared=False, restart=False)
     second = tokenizer.quantizer.codebook(1).codebook
     second[0], second[1:] = 0, 1000  # what the first level leaves is nearest to the first of these
     module = Autoencoding(tokenizer=tokenizer)
-    fit(module, 2, images(), callbacks=[CodebookHealth(collapsed_below=0.2)])
+    fit(module, 2, images(), callbacks=[CodebookHealth(collapsed_below=0.2, ids_per_code=1)])
     told = [line for line in capsys.readouterr().out.splitlines() if "codebook" in line]
     assert len(told) == 1
     assert "the codebook 'image', level 1, has collapsed" in told[0]
     assert "of 8 codes), and use 12.5% of the codes" in told[0]
     assert min(module.values("perplexity/image/0")) > 3.2
+    assert module.values("codebook_use/image/1") == [1 / 8] * 2
 
 
-def test_few_ids_are_no_collapse_and_add_up(capsys):
-    module = Autoencoding()
-    fit(module, 4, images(16), 1, callbacks=[CodebookHealth(collapsed_below=1.0)], log_every_n_steps=1)
-    assert "step 2: the codebook 'image' has collapsed: the last 16 ids" in capsys.readouterr().out
-    module = Autoencoding(tokenizer=Coded(codes=40))
-    fit(module, 4, images(16), 1, callbacks=[CodebookHealth(collapsed_below=1.0)], log_every_n_steps=1)
-    assert "step 3: the codebook 'image' has collapsed: the last 48 ids" in capsys.readouterr().out
+def test_levels_may_use_different_codes_of_one_codebook(capsys):
+    tokenizer = Coded()
+    tokenizer.quantizer = ResidualQuantizer(CODES, 4, levels=2, decay=1.0, restart=False)
+    tokenizer.quantizer.codebook(0).codebook[0] = 0  # in the second level most are nearest to this one
+    module = Autoencoding(tokenizer=tokenizer)
+    fit(module, 2, images(), callbacks=[CodebookHealth(collapsed_below=0.3, ids_per_code=1)])
+    assert "codebook" not in capsys.readouterr().out
+    assert module.values("collapsed_codebooks") == [0, 0]
+    for name in ("perplexity/image", "perplexity/image/0", "perplexity/image/1"):
+        assert all(1 <= value <= CODES for value in module.values(name))
+    assert min(module.values("perplexity/image")) > 4.8 > max(module.values("perplexity/image/1"))
+
+
+@pytest.mark.parametrize(("ids_per_code", "step", "number"), [(1, 2, 16), (3, 3, 48)])
+def test_few_ids_are_no_collapse_and_add_up(ids_per_code, step, number, capsys):
+    health = CodebookHealth(collapsed_below=1.0, ids_per_code=ids_per_code)
+    fit(Autoencoding(), 4, images(16), 1, callbacks=[health])  # 16 ids a step, all different in the first one
+    assert f"step {step}: the codebook 'image' has collapsed: the last {number} ids" in capsys.readouterr().out
 
 
 def test_counts_go_on_in_a_run_that_is_resumed():
@@ -312,3 +334,5 @@ def test_counts_go_on_in_a_run_that_is_resumed():
 def test_a_share_of_codes_is_a_share():
     with pytest.raises(ZooError, match=r"from 0 to 1, got 5"):
         CodebookHealth(collapsed_below=5)
+    with pytest.raises(ZooError, match="at least 1, got 0"):
+        CodebookHealth(ids_per_code=0)

@@ -74,7 +74,7 @@ def test_images_are_resized_to_what_the_teacher_was_made_for(vit):
         ({"name": "siglip-tinny"}, "no tokenizer is called 'siglip-tinny'"),
         ({"name": "timm/vit_of_nobody"}, "timm has no model 'vit_of_nobody'"),
         ({"name": "timm/resnet18", "weights": "x.pt"}, "resnet18 has no features of patches"),
-        ({"name": f"timm/{VIT}", "weights": "nowhere.pt"}, "nowhere.pt does not exist"),
+        ({"name": f"timm/{VIT}", "weights": "nowhere.pt"}, "'nowhere.pt' does not exist"),
         ({"name": "siglip-tiny", "layer": 9}, r"layers 0\.\.4"),
     ],
 )

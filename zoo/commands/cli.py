@@ -165,6 +165,8 @@ def explain(error: Exception, command: str, overrides: list[str]) -> str:
             close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
             close = close or [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]][:12]
             return f"the configuration has no '{key}'; did you mean {' or '.join(close)}?"
+        if error.__cause__ is not None and "merging override" in str(error):
+            return f"{one_line(error)} is not possible: {one_line(error.__cause__)}"
     return _line(error)
 
 

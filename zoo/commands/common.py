@@ -38,12 +38,14 @@ def start(cfg: DictConfig) -> Fabric:
     """
     try:
         fabric = Fabric(accelerator=cfg.device, devices=cfg.devices, num_nodes=cfg.num_nodes, strategy=cfg.strategy)
+        strategy = fabric.strategy
+        expect_started(len(strategy.parallel_devices) if isinstance(strategy, ParallelStrategy) else 1, cfg.num_nodes)
+        fabric.launch()
+    except ZooError:
+        raise
     except Exception as error:  # of Lightning and torch, for what they do not know
         asked = " ".join(f"{name}={cfg[name]}" for name in ("device", "devices", "num_nodes", "strategy"))
         raise ZooError(f"{asked} are not possible here ({one_line(error)}).") from error
-    strategy = fabric.strategy
-    expect_started(len(strategy.parallel_devices) if isinstance(strategy, ParallelStrategy) else 1, cfg.num_nodes)
-    fabric.launch()
     return fabric
 
 
@@ -64,9 +66,7 @@ def started_by() -> tuple[str | None, int]:
     if SLURMEnvironment.detect():
         tasks = int(os.environ["SLURM_NTASKS"])
         if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
-            raise ZooError(
-                f"SLURM started {tasks} tasks on nodes that chose how many; say --ntasks-per-node, not --ntasks."
-            )
+            raise ZooError(f"SLURM started {tasks} tasks with --ntasks; say --ntasks-per-node instead.")
         return "SLURM", tasks
     return None, 1
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import lightning as L
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,6 +20,7 @@ from zoo.errors import ZooError, one_line
 from zoo.files import discard_parts, writing
 from zoo.registry import resource
 from zoo.training.callbacks import ResumingCSVLogger
+from zoo.training.precision import CPUPrecision
 from zoo.weights import expect_fit, read_torch
 
 HARMLESS = (
@@ -98,11 +98,11 @@ def train(cfg: DictConfig) -> L.Trainer:
 
 
 def precision(cfg: DictConfig) -> dict:
-    """Settings of the trainer for float16 on the CPU, which torch has and for which Lightning would take bfloat16."""
-    if cfg.accelerator != "cpu" or str(cfg.precision) not in ("16", "16-mixed"):
+    """Settings of the trainer for half precision on the CPU, see CPUPrecision."""
+    name = {"16": "16-mixed", "bf16": "bf16-mixed"}.get(str(cfg.precision), cfg.precision)
+    if cfg.accelerator != "cpu" or name not in ("16-mixed", "bf16-mixed"):
         return {}
-    plugins = [instantiate(plugin) for plugin in cfg.plugins]
-    return {"precision": None, "plugins": [*plugins, MixedPrecision("16-mixed", "cpu")]}
+    return {"precision": None, "plugins": [*(instantiate(plugin) for plugin in cfg.plugins), CPUPrecision(name)]}
 
 
 def resume_point(output: Path, resume: bool | str) -> Path | None:

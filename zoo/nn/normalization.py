@@ -1,10 +1,9 @@
 """Normalisation over the batches of all ranks."""
 
 import torch
-import torch.distributed.nn.functional as collective
 from torch import Tensor, nn
 
-from zoo.distributed import world_size
+from zoo.distributed import mean_over_ranks, world_size
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -17,10 +16,10 @@ class BatchNorm2d(nn.BatchNorm2d):
         if not self.training or world_size() == 1:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            values = x.float()
-            per_rank = torch.stack([values.mean((0, 2, 3)), values.square().mean((0, 2, 3))])
-            mean, square = (collective.all_reduce(per_rank) / world_size()).unbind()  # ranks have equal batches
-            variance = (square - mean.square()).clamp(min=0)
+            values = x.to(torch.promote_types(x.dtype, torch.float32))
+            mean = mean_over_ranks(values.mean((0, 2, 3)))  # ranks have equal batches
+            # the mean square less the square of the mean would lose digits
+            variance = mean_over_ranks((values - _channels(mean)).square().mean((0, 2, 3)))
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 count = x.numel() / x.shape[1] * world_size()

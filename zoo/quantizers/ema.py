@@ -88,7 +88,7 @@ class EMAQuantizer(nn.Module):
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
-        """Number of codes at each level."""
+        """Number of codes of each codebook."""
         return (len(self.codebook),)
 
     def encode(self, z: Tensor) -> Tensor:

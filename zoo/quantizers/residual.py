@@ -143,8 +143,8 @@ class ResidualQuantizer(nn.Module):
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
-        """Number of codes at each level."""
-        return tuple(len(self.codebook(level).codebook) for level in range(self.levels))
+        """Number of codes of each codebook: of one that all levels share, or of those of the levels."""
+        return tuple(len(book.codebook) for book in self.codebooks)
 
     def forward(self, z: Tensor) -> ResidualQuantized:
         """z (..., D), in float32 whatever the autocast."""

@@ -48,6 +48,7 @@ def _search(vectors: Tensor, codebook: Tensor, euclidean: bool) -> Tensor:
             f"a search takes vectors (..., D) and a codebook (K, D) with K >= 1 of the same width, "
             f"got {tuple(vectors.shape)} and {tuple(codebook.shape)}."
         )
+    codebook = codebook.float() if codebook.dtype == torch.float64 else codebook  # a search is in float32 at most
     (num_codes, dim), device = codebook.shape, vectors.device
     rows, chunk = (1024, 1024) if device.type == "cpu" else (2048, 8192)
     group = 1 if num_codes <= 1024 else 8
@@ -60,8 +61,8 @@ def _search(vectors: Tensor, codebook: Tensor, euclidean: bool) -> Tensor:
     longest = lengths.where(lengths.isfinite(), 0).amax()
     offset = lengths.square() / 2 if euclidean else lengths.where(~lengths.isfinite(), 0)
     offset.nan_to_num_(nan=math.inf, posinf=math.inf)
-    products = torch.empty(chunk, min(rows, len(flat)), device=device)
-    minima = torch.empty(len(starts), chunk // group, products.shape[1], device=device)
+    products = torch.empty(chunk, min(rows, len(flat)), dtype=torch.float32, device=device)
+    minima = products.new_empty(len(starts), chunk // group, products.shape[1])
 
     with full_float32(device.type):
         for block, found in zip(flat.split(rows), ids.split(rows), strict=True):

@@ -46,22 +46,25 @@ class CodebookHealth(L.Callback):
     Ids are those of all training batches of all ranks since the last report, with whose metrics they are logged, in the
     names of evaluation: train/perplexity/STREAM (exp of the entropy, 1 to K) and train/codebook_use/STREAM (share of
     the K codes that occur); where a position has several levels, also of each as .../STREAM/LEVEL, counted from 0.
-    Reports go on with the ids of the one before until these are K at least: fewer could not use all codes. A level
-    whose perplexity is then below a share of K has collapsed, which is printed once until it has recovered.
-    train/collapsed_codebooks is the number of those levels. Ranks share what quantizers count anyway.
+    Reports go on with the ids of the one before until there are enough of them: a few images cannot use all codes. A
+    codebook (one that all levels share, or that of a level) whose perplexity is then below a share of K has collapsed,
+    which is printed once until it has recovered. train/collapsed_codebooks is their number.
 
     Args:
         collapsed_below: that share, from 0 (never) to 1.
+        ids_per_code: so many times K ids are enough.
 
     Raises:
-        ZooError: another share.
+        ZooError: another share, or fewer than one id a code.
     """
 
-    def __init__(self, collapsed_below: float = 0.05):
+    def __init__(self, collapsed_below: float = 0.05, ids_per_code: int = 10):
         if not 0 <= collapsed_below <= 1:
             raise ZooError(f"collapsed_below must be a share of the codes from 0 to 1, got {collapsed_below}.")
-        self.collapsed_below = collapsed_below
-        self._sizes: dict[str, tuple[int, ...]] = {}  # of each stream, the number of codes at each level
+        if ids_per_code < 1:
+            raise ZooError(f"ids_per_code must be at least 1, got {ids_per_code}.")
+        self.collapsed_below, self.ids_per_code = collapsed_below, ids_per_code
+        self._sizes: dict[str, tuple[int, ...]] = {}  # of each stream, the number of codes of its codebooks
         self._counts: dict[str, Tensor] = {}  # (levels, K) int64, over all ranks
         self._collapsed: set[tuple[str, int]] = set()
         self._hooks = []
@@ -93,23 +96,23 @@ class CodebookHealth(L.Callback):
         if batches % trainer.log_every_n_steps or not self._sizes:
             return
         logs = {}
-        for stream in self._sizes:
+        for stream, sizes in self._sizes.items():
             counts = self._counts[stream]
-            levels = [count[:size] for count, size in zip(counts, self._sizes[stream], strict=True)]
-            found = torch.stack([torch.stack([perplexity(level), used(level)]) for level in levels])
             whole = counts.sum(0)
-            logs |= {f"perplexity/{stream}": perplexity(whole), f"codebook_use/{stream}": used(whole)}
-            if len(levels) > 1:
-                for level, (evenness, share) in enumerate(found):
-                    logs |= {f"perplexity/{stream}/{level}": evenness, f"codebook_use/{stream}/{level}": share}
-            number = int(counts[0].sum())
-            if number >= counts.shape[1]:
-                self._judge(trainer, module, stream, number, found.tolist())
+            logs |= {f"perplexity/{stream}": perplexity(whole), f"codebook_use/{stream}": used(whole, max(sizes))}
+            books = list(zip(counts if len(sizes) > 1 else [whole], sizes, strict=True))
+            for level, count in enumerate(counts) if len(counts) > 1 else ():
+                share = used(count, sizes[level % len(sizes)])
+                logs |= {f"perplexity/{stream}/{level}": perplexity(count), f"codebook_use/{stream}/{level}": share}
+            found = torch.stack([torch.stack([count.sum(), perplexity(count), used(count, k)]) for count, k in books])
+            if found[0, 0] >= self.ids_per_code * max(sizes):
+                self._judge(trainer, module, stream, found.tolist())
                 self._counts[stream] = torch.zeros_like(counts)
         module.log_row(logs | {"collapsed_codebooks": float(len(self._collapsed))}, batch_size(batch))
 
-    def _judge(self, trainer, module, stream: str, number: int, found: list[list[float]]) -> None:
-        for level, (size, (evenness, share)) in enumerate(zip(self._sizes[stream], found, strict=True)):
+    def _judge(self, trainer, module, stream: str, found: list[list[float]]) -> None:
+        """found: of each codebook the number of ids, their perplexity and the share of codes that they use."""
+        for level, (size, (number, evenness, share)) in enumerate(zip(self._sizes[stream], found, strict=True)):
             limit, one = self.collapsed_below * size, (stream, level)
             named = f"the codebook '{stream}'" + (f", level {level}," if len(found) > 1 else "")
             if evenness >= limit:
@@ -119,8 +122,8 @@ class CodebookHealth(L.Callback):
             elif one not in self._collapsed:
                 self._collapsed.add(one)
                 module.print(
-                    f"step {trainer.global_step}: {named} has collapsed: the last {number} ids have a perplexity of "
-                    f"{evenness:.1f}, below {limit:.1f} ({self.collapsed_below:g} of {size} codes), and use "
+                    f"step {trainer.global_step}: {named} has collapsed: the last {number:.0f} ids have a perplexity "
+                    f"of {evenness:.1f}, below {limit:.1f} ({self.collapsed_below:g} of {size} codes), and use "
                     f"{share:.1%} of the codes. If it does not recover, lower optimizer.lr, make codes running means "
                     "that restart where they are not used (of the tokenizer: ema_decay, restart_below, restart), or "
                     "weigh the losses of the quantizer otherwise."
@@ -135,9 +138,9 @@ class CodebookHealth(L.Callback):
         self._collapsed = set(state["collapsed"])
 
 
-def used(counts: Tensor) -> Tensor:
+def used(counts: Tensor, num_codes: int) -> Tensor:
     """Share of the codes that occur, (K,) counts -> scalar."""
-    return (counts > 0).float().mean()
+    return (counts > 0).sum() / num_codes
 
 
 class EpochWeightAveraging(EMAWeightAveraging):

@@ -98,8 +98,9 @@ class MingTokTraining(AutoencoderTraining):
         terms = {}
         if self.masked_weight:
             mask = self.random_mask(len(values), self.shared_generator(self.device))
-            some = slice(None, None, self.masked_every)
-            terms["masked"] = self.masked_weight * self.loss(self.complete(values[some], mask[some]), values[some])
+            some, share = self.masked_images(len(values))
+            masked = self.loss(self.complete(values[some], mask[some]), values[some])
+            terms["masked"] = self.masked_weight * share * masked
         for name, distance in self.distances(values, latents, features).items():
             terms[name] = self.weights[name] * distance
         return Regularized(reconstruction, sum(terms.values(), values.new_zeros(())), codes=None, logs=terms)
@@ -121,6 +122,14 @@ class MingTokTraining(AutoencoderTraining):
             projected = self.aids.projectors[name](predicted[name])
             found[name] = (1 - F.cosine_similarity(projected.float(), teacher(images).float(), dim=-1)).mean()
         return found
+
+    def masked_images(self, batch: int) -> tuple[slice, float]:
+        """Those of this rank's images that are masked, which are every masked_every-th of all ranks', and what their
+        mean loss counts, so that the average over ranks is that over images; 0 for one image where there is none."""
+        ranks, every = self.trainer.world_size, self.masked_every
+        first = -self.global_rank * batch % every
+        count = len(range(first, batch, every))
+        return (slice(first, None, every) if count else slice(1)), count * ranks / len(range(0, batch * ranks, every))
 
     def random_mask(self, batch: int, draws: torch.Generator) -> Tensor:
         """(B, N) bool with the same number of hidden patches in each row, drawn for the images of all ranks."""
