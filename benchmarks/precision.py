@@ -75,7 +75,7 @@ class WideProducts(TorchDispatchMode):
 
 @contextmanager
 def moved_weights() -> Iterator[None]:
-    """Trainings begin with weights that differ by a thousandth of their size: a quarter of what bfloat16 rounds away."""
+    """Trainings begin with weights that differ by a thousandth, less than half of what bfloat16 rounds away."""
     configure = TrainingModule.configure_optimizers
 
     def move_and_configure(module: TrainingModule):
