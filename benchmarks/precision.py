@@ -158,13 +158,13 @@ def lines(results: dict) -> list[list[str]]:
         exact = runs["float32"]
         line = [name, f"{exact['first_loss']:.4f}", f"{exact['loss']:.4f}"]
         for precision in ("moved", "bfloat16", "float16"):
-            ratio = runs[precision]["loss"] / exact["loss"]
-            line.append(f"{ratio:.3f}{'' if abs(ratio - 1) <= BOUND else ' (!)'}")
+            excess = (runs[precision]["loss"] - exact["loss"]) / abs(exact["loss"])
+            line.append(f"{excess:+.1%}{' (!)' if excess > BOUND else ''}")
         table.append([*line, str(runs["float16"]["skipped_steps"])])
     return table
 
 
-HEADER = "experiment", "first 20", "float32", "moved / float32", "bfloat16 / float32", "float16 / float32", "skipped"
+HEADER = "experiment", "first 20", "float32", "moved", "bfloat16", "float16", "skipped in float16"
 
 
 def main() -> None:
