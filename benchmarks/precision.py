@@ -1,43 +1,42 @@
 """Do bfloat16 and float16 reach the loss of float32? Every tiny experiment, 200 steps in each, on the CPU.
 
-    python benchmarks/precision.py [EXPERIMENT ...] [--steps 200] [--share 0.125] [--folder outputs/precision] [--table]
+    python benchmarks/precision.py                                  # all; what is in --output is kept
+    python benchmarks/precision.py vqgan-tiny --steps 50
+    python benchmarks/precision.py --write docs/precision.md
 
-A run is `zoo train` with the same seed, and so with the same weights, batches and random numbers, at a share of the
-experiment's batch. Compared is the total loss of what is trained (`train/loss`), the mean over the last 20 steps.
-Stages that go on from an earlier one start from the checkpoint of their tokenizer in this repository where it fits,
-else from nothing. Runs that FOLDER/precision.json has are not made again. Without names the table of all
-experiments that have their three runs goes to docs/precision.md; --table makes it of the runs that are there.
+A run is `zoo train` from nothing with the same seed, and so with the same weights, batches and random numbers, at a
+share of the experiment's batch. Compared is the total loss of what is trained (`train/loss`), the mean over the last
+steps. Where half precision is worse by more than the bound, a second run in float32, from weights that were moved by a
+thousandth, says how far apart losses get that differ by chance alone.
 """
 
 import argparse
 import json
+import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from _runs import bare, experiments, write_table
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-import zoo
-from zoo.commands import cli
 from zoo.commands.train import train
 from zoo.errors import ZooError
-from zoo.files import write_json, writing
-from zoo.registry import resource
+from zoo.files import write_json
 from zoo.training.callbacks import read_rows
+from zoo.training.module import TrainingModule
 
-PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed", "moved": "32-true"}
+HEADER = "experiment", "first steps", "float32", "bfloat16", "float16", "skipped in float16", "moved"
 LAST = 20
 """Steps over which the loss is averaged."""
 BOUND = 0.05
-QUIET = ("checkpoint", "best", "pictures", "progress", "ema")
-DOCUMENT = Path(__file__).parents[1] / "docs" / "precision.md"
-BEGIN, END = "<!-- table of benchmarks/precision.py -->\n", "<!-- end -->\n"
 
 ATEN = torch.ops.aten
 ATTENTION = ATEN._scaled_dot_product_flash_attention_for_cpu.default
@@ -70,118 +69,103 @@ class WideProducts(TorchDispatchMode):
         return tree_map_only(torch.Tensor, torch.Tensor.half, half)
 
 
-def experiments() -> list[str]:
-    return sorted(path.stem for path in (resource("conf") / "experiment").glob("*tiny*.yaml"))
+@contextmanager
+def moved_weights() -> Iterator[None]:
+    """Trainings begin with weights that differ by a thousandth, less than half of what bfloat16 rounds away."""
+    configure = TrainingModule.configure_optimizers
 
+    def move_and_configure(module: TrainingModule):
+        draws = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    parameter *= 1 + 1e-3 * torch.randn(parameter.shape, generator=draws)
+        return configure(module)
 
-def prepared(name: str, folder: Path, options: argparse.Namespace) -> list[str]:
-    """Overrides of zoo train for a short and quiet run of an experiment."""
-    overrides = [f"experiment={name}", *(f"callbacks.{callback}=null" for callback in QUIET)]
-    overrides += [f"trainer.max_steps={options.steps}", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=0"]
-    overrides += ["+trainer.enable_checkpointing=false"]
-    cfg = cli.compose("train", overrides)
-    overrides += [f"data.batch_size={max(2, round(options.share * cfg.data.batch_size))}"]
-    if cfg.needs_weights:
-        overrides += [f"weights={shipped(cfg)}" if shipped(cfg) else "needs_weights=false"]
-    if "start" in cfg.module and cfg.module.lm is None:
-        overrides += [f"module.start={language_model(cfg.tokenizer.name, folder, options)}"]
-    return overrides
-
-
-def shipped(cfg: DictConfig) -> Path | None:
-    """The checkpoint of this repository that a stage can go on from."""
-    path = resource("checkpoints") / f"{cfg.tokenizer.name}.safetensors"
+    TrainingModule.configure_optimizers = move_and_configure
     try:
-        zoo.load_tokenizer(cfg.tokenizer.name, path, fresh=cfg.fresh, **cli.changed_fields(cfg.tokenizer))
-    except ZooError:
-        return None
-    return path
+        yield
+    finally:
+        TrainingModule.configure_optimizers = configure
 
 
-def language_model(tokenizer: str, folder: Path, options: argparse.Namespace) -> Path:
-    """What ett-tiny and its kin go on from, made where it is not there yet."""
-    output = folder / f"alignment-{tokenizer}"
-    if not (output / "model").is_dir():
-        overrides = [*prepared("ett-tiny-alignment", folder, options), f"tokenizer={tokenizer}"]
-        train(cli.compose("train", [*overrides, f"output_dir={output}"]))
-    return output / "model"
-
-
-def measure(name: str, precision: str, folder: Path, options: argparse.Namespace) -> dict:
+def measure(name: str, precision: str, folder: Path, args: argparse.Namespace) -> dict:
     """Losses, skipped steps and seconds of a run."""
-    output, begin = folder / f"{name}-{precision}", time.perf_counter()
-    overrides = [f"trainer.precision={PRECISIONS[precision]}", f"output_dir={output}"]
-    with WideProducts() if precision == "float16" else nullcontext():
-        train(cli.compose("train", [*prepared(name, folder, options), *overrides]))
-    rows = [row for row in read_rows(output / "metrics.csv") if row["train/loss"]]
+    overrides = [
+        f"trainer.max_steps={args.steps}", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=0",
+        f"trainer.precision={PRECISIONS[precision]}", f"output_dir={folder}",
+    ]  # fmt: skip
+    batch = bare(name).data.batch_size
+    mode = {"float16": WideProducts(), "moved": moved_weights()}.get(precision, nullcontext())
+    begin = time.perf_counter()
+    with mode:
+        train(bare(name, *overrides, f"data.batch_size={max(2, round(args.share * batch))}"))
+    rows = [row for row in read_rows(folder / "metrics.csv") if row["train/loss"]]
     losses = [float(row["train/loss"]) for row in rows]
-    if len(losses) != options.steps:
-        raise ZooError(f"{output} has {len(losses)} losses, expected {options.steps}; remove it and start again.")
+    if len(losses) != args.steps:
+        raise ZooError(f"{folder} has {len(losses)} losses, expected {args.steps}.")
     return {
-        "loss": sum(losses[-LAST:]) / LAST,
-        "first_loss": sum(losses[:LAST]) / LAST,
+        "loss": sum(losses[-LAST:]) / len(losses[-LAST:]),
+        "first_loss": sum(losses[:LAST]) / len(losses[:LAST]),
         "skipped_steps": int(float(rows[-1]["train/skipped_steps"])),
         "seconds": round(time.perf_counter() - begin, 1),
     }
 
 
-def lines(results: dict) -> list[list[str]]:
-    """A line of the table for each experiment that has all runs."""
-    table = []
-    for name, runs in sorted(results.items()):
-        if runs.keys() != PRECISIONS.keys():
-            continue
-        exact = runs["float32"]
-        line = [name, f"{exact['first_loss']:.4f}", f"{exact['loss']:.4f}"]
-        for precision in ("bfloat16", "float16"):
-            ratio = runs[precision]["loss"] / exact["loss"]
-            line += [f"{runs[precision]['loss']:.4f}", f"{ratio:.4f}{'' if abs(ratio - 1) <= BOUND else ' (!)'}"]
-        table.append([*line, str(runs["float16"]["skipped_steps"])])
-    return table
+def excess(runs: dict[str, dict], precision: str) -> float:
+    """By how much the last loss is above that of float32, as a share of its size."""
+    exact = runs["float32"]["loss"]
+    return (runs[precision]["loss"] - exact) / abs(exact)
 
 
-HEADER = "experiment", "first 20", "float32", "bfloat16", "ratio", "float16", "ratio", "skipped in float16"
+def wanted(runs: dict[str, dict]) -> list[str]:
+    """The runs of an experiment that are to be made next."""
+    missing = [precision for precision in PRECISIONS if precision not in runs and precision != "moved"]
+    if not missing and "moved" not in runs and max(excess(runs, "bfloat16"), excess(runs, "float16")) > BOUND:
+        missing = ["moved"]
+    return missing
+
+
+def line(name: str, runs: dict[str, dict]) -> list[str]:
+    cells = [
+        f"{share:+.1%}{' (!)' if share > BOUND and precision != 'moved' else ''}" if share is not None else ""
+        for precision in ("bfloat16", "float16", "moved")
+        for share in [excess(runs, precision) if precision in runs else None]
+    ]
+    exact = runs["float32"]
+    skipped = str(runs["float16"]["skipped_steps"])
+    return [name, f"{exact['first_loss']:.4f}", f"{exact['loss']:.4f}", *cells[:2], skipped, cells[2]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="default: all of them")
+    parser.add_argument("experiments", nargs="*", help="default: every tiny one")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--share", type=float, default=0.125, help="of the batch of the experiment")
-    parser.add_argument("--folder", type=Path, default=Path("outputs/precision"))
-    parser.add_argument("--table", action="store_true", help="only of the runs that are there")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    folder, file = options.folder.absolute(), options.folder / "precision.json"
-    settings = {"steps": options.steps, "share": options.share}
-    found = json.loads(file.read_text()) if file.is_file() else settings | {"results": {}}
-    if {name: found[name] for name in settings} != settings:
-        raise ZooError(f"{file} is of other settings than {settings}; choose another --folder.")
-    results = found["results"]
-    wanted = [] if options.table else options.experiments or experiments()
-    console = Console(width=120)
-    with Progress(console=console) as progress:
-        runs = [(name, precision) for name in wanted for precision in PRECISIONS]
-        for name, precision in progress.track(runs, description="runs"):
-            if precision in results.setdefault(name, {}):
-                continue
-            results[name][precision] = measure(name, precision, folder, options)
-            console.print(name, precision, results[name][precision])
-            write_json(file, found | {"results": results})
-
-    table = Table(*HEADER, title=f"loss after {options.steps} steps, mean of the last {LAST}")
-    for line in lines(results):
-        table.add_row(*line)
+    parser.add_argument("--share", type=float, default=0.25, help="of the batch of the experiment")
+    parser.add_argument("--output", type=Path, help="folder for results, kept between calls; default: a temporary one")
+    parser.add_argument("--write", type=Path, help="a page that receives the table")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    names, console = args.experiments or experiments(), Console(width=120)
+    with tempfile.TemporaryDirectory() as folder, Progress(console=console) as progress:
+        output = (args.output or Path(folder)).absolute()
+        file, settings = output / "precision.json", {"steps": args.steps, "share": args.share}
+        found = json.loads(file.read_text()) if file.is_file() else settings | {"results": {}}
+        if {name: found[name] for name in settings} != settings:
+            raise SystemExit(f"{file} is of other settings than {settings}; choose another --output.")
+        for name in progress.track(names, description="experiments"):
+            runs = found["results"].setdefault(name, {})
+            while missing := wanted(runs):
+                runs[missing[0]] = measure(name, missing[0], output / f"{name}-{missing[0]}", args)
+                console.print(name, missing[0], runs[missing[0]])
+                write_json(file, found)
+    rows = [line(name, found["results"][name]) for name in names]
+    table = Table(*HEADER, title=f"loss after {args.steps} steps, mean of the last {LAST}")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
-    if not options.experiments:
-        rows = [HEADER, ["---"] * len(HEADER), *lines(results)]
-        markdown = "".join("| " + " | ".join(row) + " |\n" for row in rows)
-        missing = [name for name in experiments() if name not in {row[0] for row in rows}]
-        markdown += f"\nNot measured yet: {', '.join(missing)}.\n" if missing else ""
-        before, rest = DOCUMENT.read_text().split(BEGIN)
-        with writing(DOCUMENT) as document:
-            document.write(f"{before}{BEGIN}{markdown}{END}{rest.split(END)[1]}".encode())
+    if args.write:
+        write_table(args.write, "precision", list(HEADER), rows)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.main(images).float()  # losses are means of many
+        return wide(self.main(images))  # losses are means of many
 
 
 class ResidualPatchDiscriminator(nn.Module):
@@ -66,7 +66,7 @@ class ResidualPatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 0.0, 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.main(images).float()  # losses are means of many
+        return wide(self.main(images))  # losses are means of many
 
 
 class ResidualBlock(nn.Module):

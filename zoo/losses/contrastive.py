@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.distributed import gather_over_ranks, rank
+from zoo.nn.precision import wide
 
 
 def sigmoid_loss(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, first: int = 0) -> Tensor:
@@ -19,7 +20,7 @@ def sigmoid_loss(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, fir
     large, and what they differ by is small.
     """
     with torch.autocast(images.device.type, enabled=False):
-        images, texts = (one.to(torch.promote_types(one.dtype, torch.float32)) for one in (images, texts))
+        images, texts = map(wide, (images, texts))
         logits = scale * images @ texts.T + bias
         signs = -torch.ones_like(logits)
         signs.diagonal(first).fill_(1)
@@ -62,8 +63,8 @@ def contrastive_loss_over_ranks(
         negatives: more texts (M, D) that belong to no image, as many on each rank.
     """
     with torch.autocast(images.device.type, enabled=False):
-        images, texts = images.float(), texts.float()
-        compared = [images, texts if negatives is None else torch.cat([texts, negatives.float()])]
+        images, texts = wide(images), wide(texts)
+        compared = [images, texts if negatives is None else torch.cat([texts, wide(negatives)])]
         if not gathers_gradient:
             compared = [one.detach() for one in compared]
         all_images = gather_over_ranks(compared[0])

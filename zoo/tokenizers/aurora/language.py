@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import ZooError
+from zoo.nn.precision import wide
 from zoo.tokenizers.aurora.tokenizer import AuroraTokenizer
 from zoo.vocabulary import Stream, Vocabulary, integers
 
@@ -147,7 +148,7 @@ def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
     logits (B, T, V); labels (B, T) int64, the words themselves, -100 where the prompt stands. The paper's
     distillation loss is this one, since its specialist's tokens are hard ids.
     """
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+    return F.cross_entropy(wide(logits[:, :-1].flatten(0, 1)), labels[:, 1:].flatten(), ignore_index=-100)
 
 
 def map_loss(tokenizer: AuroraTokenizer, logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:

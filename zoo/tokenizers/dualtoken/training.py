@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError, nearest
 from zoo.losses.adversarial import ResidualPatchDiscriminator, adaptive_weight, discriminator_loss
+from zoo.nn.precision import wide
 from zoo.tokenizers.dualtoken.tokenizer import DualTokenOutput, DualTokenTokenizer
 from zoo.tokenizers.siglip.encoder import SigLIPEncoder
 from zoo.training.autoencoder import AutoencoderTraining
@@ -140,7 +141,7 @@ class DualTokenTraining(AutoencoderTraining):
 
 def distances(name: str, given: Tensor, wanted: Tensor) -> dict[str, Tensor]:
     """Mean squared error, and minus the mean cosine similarity of the last axis, in float32."""
-    given, wanted = given.float(), wanted.float()
+    given, wanted = wide(given), wide(wanted)
     return {
         f"{name}_mse": F.mse_loss(given, wanted),
         f"{name}_cosine": -F.cosine_similarity(given, wanted, dim=-1).mean(),

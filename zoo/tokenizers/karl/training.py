@@ -271,7 +271,7 @@ class KarlPretraining(KarlTraining):
         code = to_tokens(phase.code)
         if not isinstance(self.tokenizer.base, VQGANTokenizer):
             return {"code": F.mse_loss(code, target)}, {}, None
-        nll = F.cross_entropy(phase.output.flatten(0, 1).float(), target.flatten())
+        nll = F.cross_entropy(wide(phase.output.flatten(0, 1)), target.flatten())
         return {"nll": nll, "code": F.mse_loss(code, self.tokenizer.base.quantizer.codebook[target])}, {}, None
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
+from zoo.nn.precision import wide
 from zoo.tokenizers.mingtok.losses import spread_mask
 from zoo.tokenizers.mingtok.tokenizer import MingTokTokenizer
 from zoo.training.autoencoder import AutoencoderTraining, Regularized
@@ -120,7 +121,7 @@ class MingTokTraining(AutoencoderTraining):
         images, found = (values + 1) / 2, {}
         for name, teacher in self.teachers.items():
             projected = self.aids.projectors[name](predicted[name])
-            found[name] = (1 - F.cosine_similarity(projected.float(), teacher(images).float(), dim=-1)).mean()
+            found[name] = (1 - F.cosine_similarity(wide(projected), wide(teacher(images)), dim=-1)).mean()
         return found
 
     def masked_images(self, batch: int) -> tuple[slice, float]:

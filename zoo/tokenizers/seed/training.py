@@ -15,6 +15,7 @@ from zoo.errors import ZooError, nearest
 from zoo.hub import pretrained
 from zoo.losses.contrastive import contrastive_loss_over_ranks
 from zoo.metrics.retrieval import Retrieval
+from zoo.nn.precision import wide
 from zoo.tokenizers.seed import published
 from zoo.tokenizers.seed.tokenizer import MEAN, STD, HeadConfig, QFormerHead, SeedConfig, SeedOutput, SeedTokenizer
 from zoo.tokenizers.siglip.encoder import SigLIPEncoder
@@ -270,7 +271,7 @@ class SeedCodebookTraining(SeedTraining):
         output = self.tokenizer(queries)
         terms = {"codebook": output.quantized.loss, "embedding": F.mse_loss(output.embedding, embedding)}
         if output.reconstruction is not None:
-            cosines = F.cosine_similarity(output.reconstruction.float(), queries.float(), dim=-1, eps=0.0)
+            cosines = F.cosine_similarity(wide(output.reconstruction), wide(queries), dim=-1, eps=0.0)
             terms["queries"] = 1 - cosines.mean()
         return {name: weight * terms[name] for name, weight in self.weights.items()}, output
 

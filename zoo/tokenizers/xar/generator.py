@@ -18,6 +18,7 @@ from zoo.hub import HubModel
 from zoo.nn.autoencoder import to_tokens
 from zoo.nn.cache import Cache
 from zoo.nn.embedding import TimeEmbedding
+from zoo.nn.precision import wide
 from zoo.nn.rotary import grid_angles, rotate, turns
 from zoo.tokenizer import Preset, Tokenizer, Tokens, Weights
 from zoo.tokenizers.xar.entities import partition
@@ -102,7 +103,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=1e-6, elementwise_affine=weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), self.normalized_shape, None, self.eps).to(x.dtype)
+        normed = F.rms_norm(wide(x), self.normalized_shape, None, self.eps).to(x.dtype)
         return normed if self.weight is None else normed * self.weight
 
 
