@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
+from zoo.nn.precision import wide
 from zoo.quantizers.ema import Quantized, code_counts, perplexity
 
 
@@ -35,16 +36,16 @@ class ScalarQuantizer(nn.Module):
     def forward(self, z: Tensor) -> Quantized:
         """z (..., D), in float32 whatever the autocast."""
         with torch.autocast(z.device.type, enabled=False):
-            bounded = self.bounded(z.float())
+            bounded = self.bounded(wide(z))
             values = bounded.round()
             ids = self.ids_of(values)
             quantized = (bounded + (values - bounded).detach()) / (self.levels // 2)
-            used = perplexity(code_counts(ids.flatten(), self.num_codes))
-        return Quantized(quantized.to(z.dtype), ids, z.new_zeros(()), used)
+            counts = code_counts(ids.flatten(), self.num_codes)
+        return Quantized(quantized.to(z.dtype), ids, z.new_zeros(()), perplexity(counts), counts)
 
     def encode(self, z: Tensor) -> Tensor:
         """z (..., D) -> ids (...) int64."""
-        return self.ids_of(self.bounded(z.float()).round())
+        return self.ids_of(self.bounded(wide(z)).round())
 
     def codes(self, ids: Tensor) -> Tensor:
         """ids (...) -> (..., D) in [-1, 1]: what the decoder reads for them."""
