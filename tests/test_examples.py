@@ -16,7 +16,7 @@ SCRIPTS = {
     "zero_shot": (["--count=2"], "zero_shot.png", "siglip-tiny: the caption of a scene is the nearest of 64 for "),
     "generate": (["--count=2", "--num-steps=3"], "generated.png", "a row for each of blue, red"),
     "train_from_python": (["--steps=3", "--batch-size=4"], "trained.png", "dB after 3 steps"),
-    "tokenize_dataset": ([], "decoded.png", "val-000000: "),
+    "tokenize_dataset": ([], "decoded.png", "512 samples; the first has "),
 }
 
 
