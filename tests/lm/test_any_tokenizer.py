@@ -19,7 +19,9 @@ from lm_helpers import (
 import zoo
 from zoo import ZooError
 from zoo.commands import cli
-from zoo.data import Loader, scenes
+from zoo.commands.pretokenize import main as pretokenize
+from zoo.commands.train import main as train
+from zoo.data import Loader, TokenDataset, scenes
 from zoo.lm import VisualLM, generate_image, generate_text
 from zoo.registry import tokenizers
 from zoo.tokenizers.mingtok.head import FlowHeadConfig
@@ -92,6 +94,32 @@ def test_images_are_encoded_once_and_give_the_same_losses(name, batch, monkeypat
         found[0].backward()
     assert seen == [3, 1]
     assert all(p.grad is not None for p in once.model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["dualtoken-tiny", "karl-tiny", "kl-tiny", "mingtok-tiny"])
+def test_tokens_that_were_kept_give_the_losses_of_their_images(name, batch):
+    module = training(name)
+    tokens = module.model.vision.encode(batch["image"])
+    stored = module.checked({"caption": batch["caption"], "tokens": tokens})
+    found = [next(module.losses(one))[1] for one in (batch, stored)]
+    torch.testing.assert_close(*found)
+    shown = module.pictures(stored, 1)
+    torch.testing.assert_close(shown[:1], module.tokenizer.decode(tokens[:1]))
+
+
+def test_zoo_train_reads_the_tokens_of_zoo_pretokenize(tmp_path, capsys):
+    folder, options = tmp_path / "tokens", ["tokenizer=karl-tiny", "data.num_workers=0"]
+    scenes = ["split=val", "data.fields=[image,caption]", "num_shards=1", "device=cpu", f"output_dir={folder}"]
+    assert pretokenize([*options, *scenes, "encode.num_tokens=32"]) == 0
+    assert TokenDataset(folder)[0]["tokens"].lengths.tolist() == [32]
+    small = [one for one in SMALL if not one.startswith("data.")]
+    run = ["experiment=lm", *options, *small, "data=tokens", f"data.path={folder}", f"data.val_path={folder}"]
+    run += ["data.fields=[tokens,caption]", "trainer=tiny-debug", "trainer.max_steps=2"]
+    assert train([*run, f"output_dir={tmp_path / 'run'}"]) == 0, capsys.readouterr().err
+    images = generate_image(VisualLM.load(tmp_path / "run/model"), ["A red cube."], generator=generators(1)).images
+    assert images.shape == (1, 3, 64, 64)
+    assert train([*run, "module.token_share=0.25", f"output_dir={tmp_path / 'other'}"]) == 2
+    assert "an image has 32 tokens and the model reads 16 of each" in capsys.readouterr().err
 
 
 def test_images_that_change_cannot_be_encoded_once():

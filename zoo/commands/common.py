@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import json
 import os
 import platform
@@ -17,12 +19,13 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.strategies import ParallelStrategy
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from zoo.errors import ZooError, one_line, shortened
+from zoo.errors import ZooError, nearest, one_line, shortened
 from zoo.files import write_json
 from zoo.metrics.base import Row
+from zoo.tokenizer import Tokenizer
 from zoo.weights import sha256_of
 
 ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
@@ -154,3 +157,14 @@ def label(name: str, settings: dict) -> str:
 def expect_one_of(cfg: DictConfig, name: str, known: Iterable) -> None:
     if cfg[name] not in tuple(known):
         raise ZooError(f"{name} must be one of {', '.join(map(str, known))}, got {shortened(cfg[name])}.")
+
+
+def combinations(encode: DictConfig, tokenizer: Tokenizer) -> list[dict]:
+    """Every combination of the settings of encode, whose lists stand for several values."""
+    settings = OmegaConf.to_container(encode, resolve=True)
+    known = list(inspect.signature(tokenizer._encode).parameters)[1:]
+    for name in settings:
+        if name not in known:
+            raise ZooError(f"{tokenizer.info.name} has no setting encode.{name}{nearest(name, known)}")
+    values = [value if isinstance(value, list) else [value] for value in settings.values()]
+    return [dict(zip(settings, chosen, strict=True)) for chosen in itertools.product(*values)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import itertools
 import math
 import shutil
 import sys
@@ -29,6 +27,7 @@ from zoo.commands.common import (
     about_file,
     about_rows,
     about_the_run,
+    combinations,
     decisive,
     expect_one_of,
     label,
@@ -39,7 +38,7 @@ from zoo.commands.common import (
 from zoo.commands.progress import SharedBatches
 from zoo.commands.understanding import TASKS, understanding
 from zoo.distributed import all_or_none
-from zoo.errors import ZooError, expect_integer, nearest
+from zoo.errors import ZooError, expect_integer
 from zoo.files import write_json
 from zoo.metrics.base import Row
 from zoo.metrics.cost import Cost, reset_peak, timed
@@ -308,17 +307,6 @@ def chosen_metrics(node: DictConfig, kind: str) -> dict:
     """The measures by name: under "auto" those for what is decoded, and with them the ones asked for beside it."""
     metrics = OmegaConf.to_container(node, resolve=True)
     return metrics.pop("auto", {}).get(kind, {}) | metrics
-
-
-def combinations(encode: DictConfig, tokenizer: Tokenizer) -> list[dict]:
-    """Every combination of the settings of encode, whose lists stand for several values."""
-    settings = OmegaConf.to_container(encode, resolve=True)
-    known = list(inspect.signature(tokenizer._encode).parameters)[1:]
-    for name in settings:
-        if name not in known:
-            raise ZooError(f"{tokenizer.info.name} has no setting encode.{name}{nearest(name, known)}")
-    values = [value if isinstance(value, list) else [value] for value in settings.values()]
-    return [dict(zip(settings, chosen, strict=True)) for chosen in itertools.product(*values)]
 
 
 def protocol(cfg: DictConfig, source: dict, subject: Subject) -> dict:

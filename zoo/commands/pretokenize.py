@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from zoo.commands import cli
-from zoo.commands.common import DTYPES, about_file, about_the_run, claim, expect_one_of, start
+from zoo.commands.common import DTYPES, about_file, about_the_run, claim, combinations, expect_one_of, start
 from zoo.data import Loader
 from zoo.data.tars import members, split_name
 from zoo.data.tokens import LAYOUT
@@ -55,6 +55,9 @@ def pretokenize(cfg: DictConfig) -> dict:
         raise ZooError(f"split={cfg.split}, and the data has none; choose the other split or other data.")
     fabric, folder = start(cfg), Path(cfg.output_dir)
     tokenizer.to(fabric.device, DTYPES[cfg.dtype])
+    settings, *others = combinations(cfg.encode, tokenizer)
+    if others:
+        raise ZooError("encode has several values of a setting, and a folder holds the tokens of one; run each alone.")
     about = protocol(cfg)
     claim(fabric, folder, about)
     paths = [folder / f"{number:05d}.tar" for number in range(cfg.num_shards)]
@@ -67,7 +70,7 @@ def pretokenize(cfg: DictConfig) -> dict:
         for path in progress.track([path for path in mine if not path.is_file()], description=tokenizer.info.name):
             number = paths.index(path)  # of a shard, which has what a rank of so many would read
             loader = Loader(source, **options, rank=number, world_size=cfg.num_shards)
-            count += write_shard(path, loader, tokenizer, cfg)
+            count += write_shard(path, loader, tokenizer, settings, cfg)
     counts, seconds = on_first_rank([count]), time.perf_counter() - began
     shards = on_first_rank([(path.name, *about_shard(path, size_field)) for path in mine])
     manifest = None
@@ -81,14 +84,14 @@ def pretokenize(cfg: DictConfig) -> dict:
     return fabric.broadcast(manifest)
 
 
-def write_shard(path: Path, loader: Loader, tokenizer: Tokenizer, cfg: DictConfig) -> int:
+def write_shard(path: Path, loader: Loader, tokenizer: Tokenizer, settings: dict, cfg: DictConfig) -> int:
     """One tar file; one that is there is a whole one. Returns the number of its samples."""
     count = 0
     with writing(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
         for batch in loader:
             images = batch.pop(tokenizer.info.input).to(tokenizer.device)
             views = [images, images.flip(-1)] if cfg.flip else [images]
-            found = [arrays(tokenizer, view, DTYPES[cfg.array_dtype]) for view in views]
+            found = [arrays(tokenizer, view, settings, DTYPES[cfg.array_dtype]) for view in views]
             grid = {} if (grid := found[0].pop("grid", None)) is None else {"grid": grid}
             count += len(batch["key"])
             for i, key in enumerate(batch.pop("key")):
@@ -102,12 +105,12 @@ def write_shard(path: Path, loader: Loader, tokenizer: Tokenizer, cfg: DictConfi
 
 
 @torch.no_grad()
-def arrays(tokenizer: Tokenizer, images: Tensor, dtype: torch.dtype) -> dict:
+def arrays(tokenizer: Tokenizer, images: Tensor, settings: dict, dtype: torch.dtype) -> dict:
     """What is stored of a batch, by name, each (B, ...), and the grid of its tokens."""
     if isinstance(tokenizer, KLTokenizer):
         moments = tokenizer.moments(tokenizer.config.to_values(tokenizer.check_images(images)))
         return {"moments": stored(moments, dtype)}
-    tokens, sizes = tokenizer.encode(images).cpu(), tokenizer.info.codebook_sizes
+    tokens, sizes = tokenizer.encode(images, **settings).cpu(), tokenizer.info.codebook_sizes
     found = {f"{name}.ids": ids.numpy().astype(np.min_scalar_type(sizes[name] - 1)) for name, ids in tokens.ids.items()}
     found |= {f"{name}.latents": stored(latents, dtype) for name, latents in tokens.latents.items()}
     found |= {"mask": tokens.mask.numpy()} if tokenizer.info.variable_length else {}
@@ -204,6 +207,7 @@ def protocol(cfg: DictConfig) -> dict:
         "tokenizer": OmegaConf.to_container(cfg.tokenizer, resolve=True),
         "weights": about_file(tokenizers.weights_path(cfg.tokenizer.name, cfg.weights)),
         "data": data,
+        "encode": OmegaConf.to_container(cfg.encode, resolve=True),
         "split": cfg.split,
         "num_shards": cfg.num_shards,
         "flip": cfg.flip,
@@ -214,4 +218,5 @@ def protocol(cfg: DictConfig) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    return cli.run("pretokenize", pretokenize, argv)
+    # what encode takes is the tokenizer's affair, so that conf/pretokenize.yaml cannot name the keys
+    return cli.run("pretokenize", pretokenize, [f"++{a}" if a.startswith("encode.") else a for a in argv])

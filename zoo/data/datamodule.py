@@ -80,6 +80,10 @@ class ZooDataModule(LightningDataModule):
     def test_dataloader(self) -> Loader:
         return self._loader(self.evaluated)
 
+    def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
+        checked = getattr(self.trainer.lightning_module, "checked", None)  # any module can be trained on this
+        return batch if checked is None else checked(batch)
+
     def state_dict(self) -> dict:
         return self._state or (self._training.state_dict() if self._training else {})
 

@@ -74,11 +74,7 @@ class CodeVision(Vision):
         chosen = tuple(stream for stream in self.streams if (stream.name in decoded) == written)
         return (chosen if self.by_direction else ()) or self.streams
 
-    @torch.no_grad()
-    def perceive(self, images: Tensor) -> Seen:
-        # ids are exact whatever the precision of the training around them
-        with torch.autocast(images.device.type, enabled=False):
-            tokens = self.tokenizer._encode(images.to(self.tokenizer.dtype), **self.settings)
+    def read(self, tokens: Tokens) -> Seen:
         # ids are laid out in sequences on the CPU: unlike latents, they wait for the device
         return Seen(Tokens({stream.name: tokens.ids[stream.name] for stream in self.streams}, mask=tokens.mask).cpu())
 

@@ -88,10 +88,9 @@ class EmbeddingVision(Vision):
                 f"{hidden_size}."
             )
 
-    def perceive(self, images: Tensor) -> Seen:
-        # ids are exact whatever the precision of the training around them
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            tokens = self.tokenizer._encode(images.to(self.tokenizer.dtype), **self.settings)
+    @torch.no_grad()
+    def read(self, tokens: Tokens) -> Seen:
+        with torch.autocast(tokens.mask.device.type, enabled=False):
             codes = self.tokenizer._embed(tokens)
         ids = tokens.ids[self.tokenizer.info.streams[0]] if self.visual_head else None
         return Seen(patches(*codes.shape[:2]), codes, ids)

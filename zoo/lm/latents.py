@@ -71,13 +71,15 @@ class FlowVision(Vision):
             )
 
     @torch.no_grad()
-    def perceive(self, images: Tensor) -> Seen:
+    def encode(self, images: Tensor) -> Tokens:
+        return self.tokenizer._encode(images.to(self.tokenizer.dtype), **self.settings)  # latents may be rounded
+
+    @torch.no_grad()
+    def read(self, tokens: Tokens) -> Seen:
+        latents = tokens.latents[self.tokenizer.info.streams[0]]
+        features = latents
         if self.grown:
-            latents = self.tokenizer.encoder(self.tokenizer.to_values(images))[:, :-1]
-            features, latents = self.tokenizer.semantic_decoder(latents), self.tokenizer.normalize(latents)
-        else:
-            tokens = self.tokenizer._encode(images.to(self.tokenizer.dtype), **self.settings)
-            features = latents = tokens.latents[self.tokenizer.info.streams[0]]
+            features = self.tokenizer.semantic_decoder(self.tokenizer.denormalize(latents.to(self.tokenizer.dtype)))
         return Seen(patches(*latents.shape[:2]), features, latents)
 
     def project(self, seen: Seen) -> Seen:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from zoo import registry
-from zoo.data import Loader
+from zoo.data import Loader, TokenDataset
 from zoo.distributed import sum_over_ranks, world_size
 from zoo.errors import ZooError
 from zoo.lm.embeddings import EmbeddingConfig, EmbeddingVision
@@ -28,7 +28,10 @@ from zoo.vocabulary import Stream
 
 
 def captions(source) -> Iterator[str]:
-    """Every caption of a data source (see zoo.data.sources.resolve), to train a text tokenizer on."""
+    """Every caption of a data source (see zoo.data.sources.resolve), or of a folder of `zoo pretokenize`, to train a
+    text tokenizer on."""
+    if isinstance(source, (str, Path)) and (Path(source) / "manifest.json").is_file():
+        source = TokenDataset(source, ["caption"])
     for batch in Loader(source, batch_size=256, fields=["caption"]):
         yield from batch["caption"]
 
@@ -130,9 +133,17 @@ class VisualLMTraining(TrainingModule):
         if self._kept is not None and (options.get("flip") or options.get("crop") in ("random", "resized")):
             raise ZooError("images that are encoded once cannot change: set keep_tokens=false, or no flips and crops.")
 
+    def checked(self, batch: dict) -> dict:
+        if "tokens" in batch:
+            batch["tokens"] = self.model.vision.check_tokens(batch["tokens"])
+        return batch
+
     def seen(self, batch: dict) -> Seen:
-        """What the model reads and writes of the images of a batch."""
-        images, vision = batch[self.tokenizer.info.input], self.model.vision
+        """What the model reads and writes of the images of a batch, or of their tokens (data=tokens)."""
+        vision = self.model.vision
+        if "tokens" in batch:
+            return vision.project(vision.read(batch["tokens"]))
+        images = batch[self.tokenizer.info.input]
         if self._kept is None:
             return vision.see(images)
         new = [i for i, key in enumerate(batch["key"]) if key not in self._kept]
@@ -204,7 +215,10 @@ class VisualLMTraining(TrainingModule):
     def pictures(self, batch: dict, count: int) -> Tensor:
         """The first images and, if it can write any, what the model makes of their captions."""
         draws = [torch.Generator().manual_seed(self.seed + i) for i in range(count)]
-        images = batch[self.tokenizer.info.input][:count]
+        if "tokens" in batch:
+            images = self.tokenizer.decode(batch["tokens"][:count])
+        else:
+            images = batch[self.tokenizer.info.input][:count]
         if self.model.vision.obstacle:
             return images
         return torch.cat([images, generate_image(self.model, batch["caption"][:count], generator=draws).images])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from zoo import registry
+from zoo.errors import ZooError
 from zoo.tokenizer import Tokenizer, Tokens
 from zoo.vocabulary import Stream
 
@@ -92,6 +93,10 @@ class Vision(nn.Module):
     """The words of images, in the order in which they stand in a sequence."""
     length: int
     """Positions of an image in each stream, at the most."""
+    settings: dict[str, int]
+    """Of the tokenizer's encode."""
+    num_tokens: int | None
+    """Of each image, of a tokenizer of variable length; None: all, or as many as it takes."""
     obstacle: str = ""
     """Why no image can be written, where that is so."""
 
@@ -126,7 +131,28 @@ class Vision(nn.Module):
 
     def perceive(self, images: Tensor) -> Seen:
         """What the frozen tokenizer makes of them: what the model reads is not projected yet."""
+        return self.read(self.encode(images))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tokens:
+        """Images (B, C, H, W) in [0, 1], not checked again, to as many tokens each."""
+        # ids are exact whatever the precision of the training around them
+        with torch.autocast(images.device.type, enabled=False):
+            return self.tokenizer._encode(images.to(self.tokenizer.dtype), **self.settings)
+
+    def read(self, tokens: Tokens) -> Seen:
+        """The same of tokens as `encode` gives them, on the device; see check_tokens."""
         raise NotImplementedError
+
+    def check_tokens(self, tokens: Tokens) -> Tokens:
+        """Tokens that were encoded before, on the tokenizer's device. Raises ZooError where `encode` gives others."""
+        tokens = self.tokenizer.check_tokens(tokens, self.tokenizer.info.streams)
+        if self.num_tokens is not None and (wrong := tokens.lengths != self.num_tokens).any():
+            raise ZooError(
+                f"an image has {tokens.lengths[wrong][0]} tokens and the model reads {self.num_tokens} of each; write "
+                f"them with `zoo pretokenize encode.num_tokens={self.num_tokens}`."
+            )
+        return tokens
 
     def project(self, seen: Seen) -> Seen:
         """The second half of `see`, with what is learned."""

@@ -99,6 +99,11 @@ class TrainingModule(L.LightningModule):
         reconstructions = self.tokenizer.reconstruct(images).to(images.dtype)
         return torch.cat([images, reconstructions, (images - reconstructions).abs()])
 
+    def checked(self, batch: dict) -> dict:
+        """A batch as it was read, on the CPU, where looking at values waits for no device. Raises ZooError for one that
+        this training cannot use."""
+        return batch
+
     def compiled(self) -> list[nn.Module]:
         """Those parts that training calls."""
         return [self.tokenizer]
