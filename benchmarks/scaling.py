@@ -6,6 +6,7 @@ the last one, and how they moved. Every difference is relative: |a - b| / |b|, o
 
     python benchmarks/scaling.py                                    # all, 20 steps; what is in --output is kept
     python benchmarks/scaling.py vqgan-tiny --layouts ddp-2 --steps 5
+    python benchmarks/scaling.py --precision 64-true                # tells rounding from error
     python benchmarks/scaling.py --write docs/scaling.md            # puts the table between the marks of that page
 """
 
@@ -183,7 +184,7 @@ def show(found: dict[str, dict[str, dict[str, float]]], args: argparse.Namespace
         table.add_row(*row)
     Console(width=200).print(table)
     if args.write:
-        write_table(args.write, "scaling", ["experiment", *args.layouts], rows)
+        write_table(args.write, f"scaling in {args.precision}", ["experiment", *args.layouts], rows)
 
 
 if __name__ == "__main__":
