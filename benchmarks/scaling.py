@@ -40,16 +40,24 @@ STRATEGIES = {
     ],
 }
 WITH_DISCRIMINATOR = {
-    "vqgan-tiny": ["module.adversarial_weight=0.1", "+module.optimizers.discriminator=${optimizer}"],
+    "vqgan-tiny": [
+        "module.adversarial_weight=0.1",
+        "+module.optimizers.discriminator=${optimizer}",
+        "optimizer.lr=2e-4",
+    ],
     "ibq-tiny": [
         "module.adversarial_weight=0.1",
+        "optimizer.lr=2e-4",
         "module.lecam_weight=0.05",
         "+module.optimizers.discriminator=${optimizer}",
     ],
     "dualtoken-tiny-1": ["module.adversarial_weight=0.75", "+module.optimizers.discriminator=${optimizer}"],
     "karl-finetune-tiny": ["module.adversarial_weights=[[0,0.2]]", "module.discriminator_every=2"],
 }
-"""Experiments that are run with one, too, as NAME+discriminator: its weight is made of gradients."""
+"""Experiments that are run with one, too, as NAME+discriminator: its weight is made of gradients.
+
+Learning rates are those of a run with one: at ten times as much any difference grows tenfold with each step.
+"""
 MEASURES = {"loss": "loss", "norm": "gradient norm", "weights": "weights", "update": "their change"}
 
 
