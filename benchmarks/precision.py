@@ -4,8 +4,8 @@
     python benchmarks/precision.py vqgan-tiny --steps 50
     python benchmarks/precision.py --write docs/precision.md
 
-A run is `zoo train` from nothing with the same seed, and so with the same weights, batches and random numbers, at a
-share of the experiment's batch. Compared is the total loss of what is trained (`train/loss`), the mean over the last
+A run is `zoo train` from nothing with the same seed, and so with the same weights, batches and random numbers, on
+small batches. Compared is the total loss of what is trained (`train/loss`), the mean over the last
 steps. Where half precision is worse by more than the bound, a second run in float32, from weights that were moved by a
 thousandth, says how far apart losses get that differ by chance alone.
 """
@@ -94,12 +94,12 @@ def measure(name: str, precision: str, folder: Path, args: argparse.Namespace) -
     overrides = [
         f"trainer.max_steps={args.steps}", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=0",
         f"trainer.precision={PRECISIONS[precision]}", f"output_dir={folder}",
+        f"data.batch_size={args.images}",
     ]  # fmt: skip
-    batch = bare(name).data.batch_size
     mode = {"float16": WideProducts(), "moved": moved_weights()}.get(precision, nullcontext())
     begin = time.perf_counter()
     with mode:
-        train(bare(name, *overrides, f"data.batch_size={max(2, round(args.share * batch))}"))
+        train(bare(name, *overrides))
     rows = [row for row in read_rows(folder / "metrics.csv") if row["train/loss"]]
     losses = [float(row["train/loss"]) for row in rows]
     if len(losses) != args.steps:
@@ -141,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", help="default: every tiny one")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--share", type=float, default=0.25, help="of the batch of the experiment")
+    parser.add_argument("--images", type=int, default=4, help="of a batch")
     parser.add_argument("--output", type=Path, help="folder for results, kept between calls; default: a temporary one")
     parser.add_argument("--write", type=Path, help="a page that receives the table")
     args = parser.parse_args()
@@ -149,7 +149,7 @@ def main() -> None:
     names, console = args.experiments or experiments(), Console(width=120)
     with tempfile.TemporaryDirectory() as folder, Progress(console=console) as progress:
         output = (args.output or Path(folder)).absolute()
-        file, settings = output / "precision.json", {"steps": args.steps, "share": args.share}
+        file, settings = output / "precision.json", {"steps": args.steps, "images": args.images}
         found = json.loads(file.read_text()) if file.is_file() else settings | {"results": {}}
         if {name: found[name] for name in settings} != settings:
             raise SystemExit(f"{file} is of other settings than {settings}; choose another --output.")

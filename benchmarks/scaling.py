@@ -6,6 +6,7 @@ the last one, and how they moved. Every difference is relative: |a - b| / |b|, o
 
     python benchmarks/scaling.py                                    # all, 20 steps; what is in --output is kept
     python benchmarks/scaling.py vqgan-tiny --layouts ddp-2 --steps 5
+    python benchmarks/scaling.py --precision 64-true                # tells rounding from error
     python benchmarks/scaling.py --write docs/scaling.md            # puts the table between the marks of that page
 """
 
@@ -39,16 +40,24 @@ STRATEGIES = {
     ],
 }
 WITH_DISCRIMINATOR = {
-    "vqgan-tiny": ["module.adversarial_weight=0.1", "+module.optimizers.discriminator=${optimizer}"],
+    "vqgan-tiny": [
+        "module.adversarial_weight=0.1",
+        "+module.optimizers.discriminator=${optimizer}",
+        "optimizer.lr=2e-4",
+    ],
     "ibq-tiny": [
         "module.adversarial_weight=0.1",
+        "optimizer.lr=2e-4",
         "module.lecam_weight=0.05",
         "+module.optimizers.discriminator=${optimizer}",
     ],
     "dualtoken-tiny-1": ["module.adversarial_weight=0.75", "+module.optimizers.discriminator=${optimizer}"],
     "karl-finetune-tiny": ["module.adversarial_weights=[[0,0.2]]", "module.discriminator_every=2"],
 }
-"""Experiments that are run with one, too, as NAME+discriminator: its weight is made of gradients."""
+"""Experiments that are run with one, too, as NAME+discriminator: its weight is made of gradients.
+
+Learning rates are those of a run with one: at ten times as much any difference grows tenfold with each step.
+"""
 MEASURES = {"loss": "loss", "norm": "gradient norm", "weights": "weights", "update": "their change"}
 
 
@@ -183,7 +192,7 @@ def show(found: dict[str, dict[str, dict[str, float]]], args: argparse.Namespace
         table.add_row(*row)
     Console(width=200).print(table)
     if args.write:
-        write_table(args.write, "scaling", ["experiment", *args.layouts], rows)
+        write_table(args.write, f"scaling in {args.precision}", ["experiment", *args.layouts], rows)
 
 
 if __name__ == "__main__":
