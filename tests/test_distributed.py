@@ -73,4 +73,5 @@ def test_one_process_gets_what_it_has():
         "first": [[6, 8], [7, 9]],
         "gathered": [[6, 7]],
         "rows": [[52, 53], [50, 51], [52, 53]],
+        "failure": None,
     }

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 @dataclass(frozen=True)
 class MosaicConfig:
     decodes_to: str = "pixels"
-    kind: str = "discrete"
+    token_kind: str = "discrete"
 
 
 class Mosaic(zoo.Tokenizer):
@@ -34,14 +34,14 @@ class Mosaic(zoo.Tokenizer):
     def __init__(self, config):
         super().__init__(config)
         self.scale = torch.nn.Parameter(torch.tensor(15.0))
-        discrete = config.kind == "discrete"
+        discrete = config.token_kind == "discrete"
         self.info = zoo.TokenizerInfo(
             system="mosaic",
             paper="none",
             image_size=16,
             size_multiple=None,
             channels=3,
-            kind=config.kind,
+            kind=config.token_kind,
             streams=("image",),
             max_tokens=16,
             codebook_sizes={"image": 16} if discrete else {},
@@ -65,7 +65,7 @@ class Mosaic(zoo.Tokenizer):
 
 for name, config in {
     "mosaic": MosaicConfig(),
-    "mosaic-latents": MosaicConfig(kind="continuous"),
+    "mosaic-latents": MosaicConfig(token_kind="continuous"),
     "mosaic-embedding": MosaicConfig("embedding"),
 }.items():
     zoo.register_tokenizer(name, zoo.Preset(Mosaic, config, "for tests"))
