@@ -52,12 +52,7 @@ class Decoder:
             )
         if isinstance(self.fields, str) or not self.fields:
             raise ZooError(f"fields must be a list such as [image, caption], got {self.fields!r}")
-        if self.crop not in CROPS:
-            raise ZooError(f"crop={self.crop!r} is unknown{nearest(str(self.crop), CROPS)}")
-        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ZooError(
-                f"crop_scale must be two shares of the area, such as [0.8, 1.0], got {list(self.crop_scale)}"
-            )
+        expect_augmentation(self.crop, self.crop_scale, self.flip)
         if "depth" in self.fields and (self.flip or self.crop != "center"):
             raise ZooError("depth maps are neither flipped nor cut otherwise: leave flip=false and crop=center")
         if self.image_size is None and self.crop != "center":
@@ -188,6 +183,16 @@ def random_box(width: int, height: int, scale: Sequence[float], rng: random.Rand
     w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+def expect_augmentation(crop: str, crop_scale: Sequence[float], flip: bool) -> None:
+    """Raise ZooError where one of them is not what `Decoder` takes."""
+    if crop not in CROPS:
+        raise ZooError(f"crop={crop!r} is unknown{nearest(str(crop), CROPS)}")
+    if len(crop_scale) != 2 or not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+        raise ZooError(f"crop_scale must be two shares of the area, such as [0.8, 1.0], got {list(crop_scale)}")
+    if type(flip) is not bool:
+        raise ZooError(f"flip must be true or false, got {flip!r}")
 
 
 def fit(image: Image.Image, size: int, crop="center", scale=(1, 1), rng=None, resample=Image.BICUBIC) -> Image.Image:

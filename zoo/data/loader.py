@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data.distributed import DistributedSampler
 from webdataset.filters import shuffle
 
-from zoo.data.images import MAX_PIXELS, Decoder, collate, to_float
+from zoo.data.images import MAX_PIXELS, Decoder, collate, expect_augmentation, to_float
 from zoo.data.order import Mix, Order, quotas
 from zoo.data.sources import BadSample, Indexed, Patience, resolve
 from zoo.data.tokens import as_tokens
@@ -108,6 +108,7 @@ class Loader(DataLoader):
             raise ZooError(f"max_bad_share must be a share from 0 to 1, got {max_bad_share}")
         if not timeout > 0:
             raise ZooError(f"timeout must be a number of seconds above 0, got {timeout}")
+        expect_augmentation(crop, crop_scale, flip)  # of training, but a mistake in evaluation as well
         if training:
             preparation = {"crop": crop, "crop_scale": crop_scale, "flip": flip}
         else:
