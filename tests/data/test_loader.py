@@ -275,6 +275,8 @@ def test_a_field_that_no_sample_has_is_an_error_that_says_what_there_is(make_sha
         ({"crop": "centre", "training": True}, "did you mean center"),
         ({"crop": "random", "training": True}, "needs an image_size"),
         ({"crop_scale": (0, 1), "training": True}, "crop_scale must be"),
+        ({"crop": float("nan")}, "crop=nan is unknown"),
+        ({"flip": float("nan")}, "flip must be true or false, got nan"),
         ({"fields": ["depth"], "flip": True, "training": True}, "neither flipped nor cut otherwise"),
     ],
 )
