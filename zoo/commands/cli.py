@@ -83,6 +83,13 @@ def run(command: str, task: Callable[[DictConfig], object], argv: list[str] | No
     return 2 if mistakes else 0
 
 
+def with_open_fields(argv: list[str] | None, *fields: str) -> list[str]:
+    """The overrides in argv (default: sys.argv[1:]), of which those below these fields may add keys: what encode takes,
+    for one, is the tokenizer's affair, so that conf/COMMAND.yaml cannot name it."""
+    below = tuple(f"{field}." for field in fields)
+    return [f"++{one}" if one.startswith(below) else one for one in (sys.argv[1:] if argv is None else argv)]
+
+
 def compose(command: str, overrides: list[str] | None = None) -> DictConfig:
     """The configuration of a command as its command line would give it, for use from Python."""
     store_presets()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -388,6 +387,4 @@ def draw_sweep(path: Path, entries: list[dict], rows: dict[str, Row]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    # what encode takes is the tokenizer's affair, so that conf/evaluate.yaml cannot name the keys
-    return cli.run("evaluate", evaluate, [f"++{a}" if a.startswith("encode.") else a for a in argv])
+    return cli.run("evaluate", evaluate, cli.with_open_fields(argv, "encode"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 import tarfile
 import time
 from collections import Counter
@@ -217,6 +216,4 @@ def protocol(cfg: DictConfig) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    # what encode takes is the tokenizer's affair, so that conf/pretokenize.yaml cannot name the keys
-    return cli.run("pretokenize", pretokenize, [f"++{a}" if a.startswith("encode.") else a for a in argv])
+    return cli.run("pretokenize", pretokenize, cli.with_open_fields(argv, "encode"))

@@ -77,9 +77,7 @@ class FlowVision(Vision):
     @torch.no_grad()
     def read(self, tokens: Tokens) -> Seen:
         latents = tokens.latents[self.tokenizer.info.streams[0]]
-        features = latents
-        if self.grown:
-            features = self.tokenizer.semantic_decoder(self.tokenizer.denormalize(latents.to(self.tokenizer.dtype)))
+        features = self.tokenizer._features_of(latents) if self.grown else latents
         return Seen(patches(*latents.shape[:2]), features, latents)
 
     def project(self, seen: Seen) -> Seen:

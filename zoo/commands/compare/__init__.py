@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from hydra.utils import instantiate
@@ -128,6 +127,4 @@ def of_tokenizer(cfg: DictConfig, name: str) -> dict | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    # what these two take is by name, so that conf/compare.yaml cannot have the keys
-    return cli.run("compare", compare, [f"++{a}" if a.startswith(("encode.", "weights.")) else a for a in argv])
+    return cli.run("compare", compare, cli.with_open_fields(argv, "encode", "weights"))

@@ -293,6 +293,10 @@ class MingTokTokenizer(Tokenizer):
         if isinstance(tokens, Tensor):
             tokens = Tokens(latents={"image": tokens})
         latents = self.check_tokens(tokens).latents["image"]
+        return self._features_of(latents)
+
+    def _features_of(self, latents: Tensor) -> Tensor:
+        """The same of latents that are not checked again."""
         return self.semantic_decoder(self.denormalize(latents.to(self.dtype)))
 
     def new_cache(self, batch_size: int, max_tokens: int | None = None) -> Cache:
